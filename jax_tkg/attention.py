@@ -1,0 +1,319 @@
+"""The public op: build the problem, choose an implementation, run it. Read this file first.
+
+public call -> Operands (arrays) + AttentionProblem (static, validated) -> plan -> implementation
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_tkg._typing import Array, Bool, Float, Int, Num
+from jax_tkg.cache.kv_cache import KVCache, Scale, head_scale
+from jax_tkg.cache.layouts import BSKH, KVLayout
+from jax_tkg.implementations import Choice, Implementation, candidates, choose
+from jax_tkg.masks import default_query_positions
+from jax_tkg.online.plan import Target
+from jax_tkg.operands import Operands
+from jax_tkg.primitive import attend
+from jax_tkg.problem import AttentionProblem, check_host_integers, make_problem
+from jax_tkg.rope import RotaryEmbedding
+
+ImplementationLike = str | Implementation | Sequence[str | Implementation] | None
+Rows = Int[Array, " B"] | Sequence[int] | np.ndarray | int | None
+
+
+def attention_tkg(
+    query: Float[Array, "B T N H"],
+    key: Num[Array, "B S K H"] | KVLayout | KVCache,
+    value: Num[Array, "B S K Hv"] | None = None,
+    bias: Float[Array, "#B #N #T S2"] | None = None,
+    mask: Bool[Array, "#B #N #T S2"] | None = None,
+    *,
+    new_key: Float[Array, "B T K H"] | None = None,
+    new_value: Float[Array, "B T K Hv"] | None = None,
+    key_value_seq_lengths: Rows = None,
+    key_value_seq_starts: Rows = None,
+    query_positions: Int[Array, "B T"] | None = None,
+    key_positions: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    rope: RotaryEmbedding | None = None,
+    return_residual: bool = False,
+    implementation: ImplementationLike = None,
+) -> Any:
+    """Attention of a few new tokens per sequence to a long KV cache and to themselves.
+
+    Letters: B batch, T new tokens, S cache slots, N query heads, K KV heads (N a multiple of K), H
+    head_dim, Hv value head_dim.
+
+    Token t of a row with L tokens sits at position L - T + t (bottom-right alignment at the row's
+    own length, not at S) and sees the live keys at positions up to its own. For each query
+    `out = sum_s softmax_s(x_s) v_s` over the keys it sees, with
+    `x_s = cap(scale * q . k_s) + bias_s` and `cap(x) = c * tanh(x / c)`; a sink adds `exp(sink)` to
+    the denominator only. A row that sees no key gives 0 and LSE -inf (the sink, if it has one),
+    never NaN, whatever the unseen keys and values hold. Dots accumulate in float32 and the softmax
+    is float32 throughout.
+
+    Where this differs on purpose from `jax.nn.dot_product_attention`: causal alignment is
+    bottom-right, an empty row is 0 instead of the mean of V, the window is in token positions, and
+    the cache's dtype need not be the query's.
+
+    Args:
+        query: `[B, T, N, H]`, float32, bfloat16 or float16. The output has its dtype.
+        key: the cached keys `[B, S, K, H]`; or a layout (`jax_tkg.BKSH(...)`, `jax_tkg.Paged(...)`);
+            or a `KVCache`, which also knows its lengths, starts and positions.
+        value: the cached values `[B, S, K, Hv]`; None with a layout or a cache.
+        bias: added to the logits after the soft cap, `[B|1, N|1, T|1, S']`, float; -inf masks.
+            S' is S, or S + T with the new keys last when they come beside the cache.
+        mask: `[B|1, N|1, T|1, S']`, bool, True where a query sees a key; combines with the rest.
+        new_key: `[B, T, K, H]`, the new tokens' keys when they are not yet in the cache.
+        new_value: `[B, T, K, Hv]`.
+        key_value_seq_lengths: int `[B]`, tokens of each row, the T new ones included whether they are
+            in the cache or beside it. By default every slot is live.
+        key_value_seq_starts: int `[B]`, first live position of each row (left padding).
+        query_positions: int `[B, T]`, instead of bottom-right alignment.
+        key_positions: int `[B, S]`, the position of the token in each slot, negative for none (ring
+            buffers). By default slot s holds position s.
+        scale: factor of the logits; by default 1 / sqrt(H).
+        is_causal: whether a query sees only positions up to its own.
+        local_window_size: w for (w, w), or (left, right), both inclusive, in token positions: a query
+            at p sees p - left to p + right. A Mistral-style window of w keys is (w - 1, 0).
+        logits_soft_cap: c above.
+        sinks: one logit per query head `[N]`.
+        k_scale: for int8 and 8-bit float keys, `[]` or `[K]`: a key is `stored * k_scale`.
+        v_scale: likewise for values.
+        rope: rotates the query and `new_key` at the new tokens' positions before they are used.
+        return_residual: also return the log-sum-exp.
+        implementation: None tries what fits the platform, in order; a name ("xla", "reference") or an
+            `Implementation` uses that one or raises; a sequence is tried in order. See `explain`.
+
+    Returns:
+        The output `[B, T, N, Hv]`. If more is asked for, a tuple of the output, then with
+        `return_residual` the log-sum-exp `[B, T, N]` (natural log, float32, includes scale, cap, bias
+        and sink; `merge_attention` combines such results), then with `rope` the rotated new keys
+        `[B, T, K, H]`, to be appended to the cache.
+
+    Raises:
+        ValueError: shapes or options that do not fit together, an unknown implementation.
+        TypeError: a dtype that cannot be used.
+        NotImplementedError: the implementation asked for cannot do this case; with its reason.
+        ExceptionGroup: none of several can.
+    """
+    arguments = dict(locals())
+    return_residual, tried = arguments.pop("return_residual"), candidates(implementation)
+    del arguments["implementation"]
+    call = _prepare(**arguments)
+    choose(call.problem, Target(platforms=()), tried).require()
+    out, lse = attend(call.problem, tried, call.operands)
+    results = (out, *((lse,) * return_residual), *((call.operands.new_key,) * (rope is not None)))
+    return results if len(results) > 1 else out
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation runs an attention call on a platform, how, and why not another.
+
+    Attributes:
+        platform: as JAX names it.
+        problem: what is to be computed.
+        implementation: name of the one that runs, None if none can.
+        plan: how it does it; printable.
+        rejected: pairs (name, reason) of those tried before.
+    """
+
+    platform: str
+    problem: AttentionProblem
+    implementation: str | None
+    plan: object
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """A few lines to read."""
+        lines = [f"{self.problem}", f"on {self.platform}: {self.implementation or 'none can'}"]
+        if self.plan is not None:
+            lines.append(f"  {self.plan}")
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+def explain(
+    *args: Any,
+    platform: str | None = None,
+    implementation: ImplementationLike = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Says which implementation `attention_tkg` runs for these arguments, without running it.
+
+    Args:
+        *args: as for `attention_tkg`; `jax.ShapeDtypeStruct`s will do for arrays.
+        platform: what to compile for ("cpu", "gpu", "tpu", "neuron"); by default JAX's own.
+        implementation: as for `attention_tkg`.
+        **kwargs: as for `attention_tkg`.
+
+    Raises:
+        ValueError: as `attention_tkg`.
+        TypeError: as `attention_tkg`.
+    """
+    tried = candidates(implementation)
+    platform = jax.default_backend() if platform is None else platform
+    target = Target(platforms=(platform,))
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(x, jax.ShapeDtypeStruct | jax.Array) for x in leaves]
+    problems: list[AttentionProblem] = []
+
+    def trace(arrays: list[Array]) -> None:
+        given = iter(arrays)
+        filled = [next(given) if a else x for a, x in zip(is_array, leaves, strict=True)]
+        call_args, call_kwargs = jax.tree.unflatten(tree, filled)
+        call_kwargs.pop("return_residual", None)
+        names = ("query", "key", "value", "bias", "mask")
+        problems.append(
+            _prepare(**dict(zip(names, call_args, strict=False)), **call_kwargs).problem
+        )
+
+    jax.eval_shape(trace, [x for a, x in zip(is_array, leaves, strict=True) if a])
+    choice: Choice = choose(problems[0], target, tried)
+    return Explanation(
+        platform=platform,
+        problem=problems[0],
+        implementation=choice.chosen.name if choice.chosen else None,
+        plan=choice.chosen.plan(problems[0], target) if choice.chosen else None,
+        rejected=choice.rejected,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    problem: AttentionProblem
+    operands: Operands
+
+
+def _prepare(
+    query: Array,
+    key: Array | KVLayout | KVCache,
+    value: Array | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    new_key: Array | None = None,
+    new_value: Array | None = None,
+    key_value_seq_lengths: Rows = None,
+    key_value_seq_starts: Rows = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
+    sinks: Array | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    rope: RotaryEmbedding | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+) -> _Call:
+    """Brings the arguments into canonical form, validates them, and rotates if asked to."""
+    rows = {
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "key_value_seq_starts": key_value_seq_starts,
+    }
+    if isinstance(key, KVCache):
+        _refuse_with("a KVCache", **rows, key_positions=key_positions, value=value)
+        beside = 0 if new_key is None else query.shape[1]
+        rows = {
+            "key_value_seq_lengths": key.lengths + beside,
+            "key_value_seq_starts": key.starts,
+        }
+        key_positions, key = key.key_positions(), key.kv
+    kv = _layout(key, value, k_scale, v_scale)
+    batch = query.shape[0] if query.ndim else 0
+    slots = kv.shape.kv_len + (0 if new_key is None else query.shape[1])
+    lengths, starts = (
+        _per_row(name, given, batch, None if key_positions is not None else slots)
+        for name, given in rows.items()
+    )
+    ops = Operands(
+        query=jnp.asarray(query),
+        kv=kv,
+        new_key=new_key,
+        new_value=new_value,
+        lengths=lengths,
+        starts=starts,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        mask=mask,
+        bias=bias,
+        sinks=None if sinks is None else jnp.asarray(sinks)[None],
+    )
+    problem = make_problem(
+        ops,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        local_window_size=local_window_size,
+        is_causal=is_causal,
+    )
+    if rope is not None:
+        ops = _rotated(ops, rope)
+    return _Call(problem, ops)
+
+
+def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale: Scale) -> KVLayout:
+    if isinstance(key, KVLayout):
+        _refuse_with("a layout or cache as key", value=value, k_scale=k_scale, v_scale=v_scale)
+        return key
+    if value is None:
+        raise ValueError(
+            "value is missing: give key and value arrays [B, S, K, H], or a KVCache or layout alone."
+        )
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    dtype = np.dtype(key.dtype)
+    kv = BSKH(key=key, value=value, k_scale=None, v_scale=None, dtype=dtype)
+    kv.check()
+    heads = kv.shape.num_kv_heads
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    return replace(
+        kv,
+        **{
+            name: None if s is None else head_scale(s, dtype, heads, name)
+            for name, s in scales.items()
+        },
+    )
+
+
+def _refuse_with(what: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} was given with {what}, which has its own; leave {name} out.")
+
+
+def _per_row(name: str, given: Rows, batch: int, most: int | None) -> Array | None:
+    if given is None:
+        return None
+    if not isinstance(given, jax.Array):
+        check_host_integers(name, given, most)
+    array = jnp.asarray(given)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(jnp.int32)
+    return jnp.broadcast_to(array, (batch,)) if array.ndim == 0 else array
+
+
+def _rotated(ops: Operands, rope: RotaryEmbedding) -> Operands:
+    if ops.new_key is None:
+        raise ValueError(
+            "rope= rotates the new queries and keys, so the new keys must be beside the cache: give "
+            "new_key= and new_value=, or rotate both yourself with the RotaryEmbedding."
+        )
+    positions, tokens = ops.query_positions, ops.query.shape[1]
+    if positions is None:
+        total = ops.lengths
+        if total is None:
+            total = jnp.full(ops.query.shape[0], ops.kv.shape.kv_len + tokens, jnp.int32)
+        positions = default_query_positions(total, tokens)
+    return replace(ops, query=rope(ops.query, positions), new_key=rope(ops.new_key, positions))

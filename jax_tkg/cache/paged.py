@@ -1,0 +1,171 @@
+"""The paged layout: a pool of pages shared by all sequences, and a table that says whose is which."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_tkg._typing import Array, Bool, Float, Int, Num
+from jax_tkg.cache import storage
+from jax_tkg.cache.layouts import KVLayout, KVShape, fold_axis, fold_scale, register_layout
+
+NO_PAGE = -1
+"""An entry of `page_indices` behind which there is no page; its slots are never seen."""
+
+
+@register_layout
+@dataclass(frozen=True)
+class Paged(KVLayout):
+    """Pages `[P, K, L, H]` of L slots; slot s of row b is in page `page_indices[b, s // L]`.
+
+    Pages may lie in any order and may be shared between rows. `page_indices` is int32
+    `[B, pages_per_sequence]`, -1 for an unused entry.
+    """
+
+    page_indices: Array
+
+    name: ClassVar[str] = "paged"
+    heads_contiguous: ClassVar[bool] = False
+
+    @property
+    def page_len(self) -> int:
+        """Slots in a page."""
+        return int(self.key.shape[2])
+
+    @property
+    def shape(self) -> KVShape:
+        """Sizes; S is the number of slots the page table can name."""
+        batch, pages = self.page_indices.shape
+        return KVShape(
+            batch, pages * self.page_len, self.key.shape[1], self.key.shape[3], self.value.shape[3]
+        )
+
+    @property
+    def slot_multiple(self) -> int:
+        """Tiles are whole pages."""
+        return self.page_len
+
+    def row_tile(
+        self, batch: Array, head: Array, start: Array, size: int
+    ) -> tuple[Float[Array, "size H"], Float[Array, "size Hv"]]:
+        """See `KVLayout.row_tile`."""
+        count = size // self.page_len
+        first = start // self.page_len
+        pages = lax.dynamic_slice(self.page_indices, (batch, first), (1, count))[0]
+        return (
+            self._gather_head(self.key, pages, head),
+            self._gather_head(self.value, pages, head),
+        )
+
+    def _gather_head(self, pool: Array, pages: Array, head: Array) -> Array:
+        """Copies pages one after another: XLA:CPU's gather works element by element."""
+        _, _, page_len, width = pool.shape
+        zero = jnp.zeros((), jnp.int32)
+        pages = jnp.maximum(pages, 0).astype(jnp.int32)
+        head = head.astype(jnp.int32)
+
+        def copy(i: Array, tile: Array) -> Array:
+            page = lax.dynamic_slice(pool, (pages[i], head, zero, zero), (1, 1, page_len, width))
+            return lax.dynamic_update_slice(tile, page[0, 0], (i * page_len, zero))
+
+        stored = jnp.zeros((pages.shape[0] * page_len, width), pool.dtype)
+        stored = lax.fori_loop(0, pages.shape[0], copy, stored)
+        return storage.decode(stored, self.dtype, np.dtype(np.float32))
+
+    def block(
+        self, start: Array | int, size: int, dtype: np.dtype
+    ) -> tuple[Float[Array, "B K size H"], Float[Array, "B K size Hv"]]:
+        """See `KVLayout.block`."""
+        first = jnp.asarray(start, jnp.int32) // self.page_len
+        count = size // self.page_len
+        pages = lax.dynamic_slice_in_dim(self.page_indices, first, count, axis=1)
+        return self._gather(self.key, pages, dtype), self._gather(self.value, pages, dtype)
+
+    def _gather(self, pool: Array, pages: Array, dtype: np.dtype) -> Array:
+        taken = jnp.take(pool, jnp.maximum(pages, 0), axis=0, mode="clip")  # [B, pages, K, L, H]
+        by_head = jnp.moveaxis(taken, 1, 2)
+        batch, heads, count, page_len, width = by_head.shape
+        return storage.decode(
+            by_head.reshape(batch, heads, count * page_len, width), self.dtype, dtype
+        )
+
+    def usable(self) -> Bool[Array, "B S"]:
+        """False for the slots of unused entries of the page table."""
+        return jnp.repeat(self.page_indices >= 0, self.page_len, axis=1)
+
+    def check(self) -> None:
+        """See `KVLayout.check`."""
+        key, value, table = self.key.shape, self.value.shape, self.page_indices
+        if len(key) != 4 or len(value) != 4 or key[:3] != value[:3]:
+            raise ValueError(
+                "key_pages and value_pages must be [P, K, L, H] and agree on P, K and L; "
+                f"got {tuple(key)} and {tuple(value)}."
+            )
+        if table.ndim != 2:
+            raise ValueError(
+                f"page_indices must be [B, pages_per_sequence], got shape {tuple(table.shape)}."
+            )
+        if not jnp.issubdtype(table.dtype, jnp.integer):
+            raise TypeError(f"page_indices must be integers, got {table.dtype}.")
+        if self.key.dtype != self.value.dtype:
+            raise TypeError(
+                f"key and value must have one dtype; got {self.key.dtype} and {self.value.dtype}."
+            )
+
+    def write(
+        self,
+        key: Num[Array, "B T K H"],
+        value: Num[Array, "B T K Hv"],
+        slots: Int[Array, " B"],
+        keep: Bool[Array, "B T"],
+    ) -> Self:
+        """See `KVLayout.write`: one in-place update per token; no page means dropped."""
+        new_key, new_value = self.encode(key, value)
+        batch, num_tokens = keep.shape
+        num_slots = self.shape.kv_len
+        zero = jnp.zeros((), jnp.int32)
+
+        def write_token(i: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:
+            b, t = i // num_tokens, i % num_tokens
+            slot = slots[b] + t
+            page = self.page_indices[b, jnp.clip(slot, 0, num_slots - 1) // self.page_len]
+            inside = (slot >= 0) & (slot < num_slots) & (page >= 0) & keep[b, t]
+            at = (jnp.maximum(page, 0), zero, slot % self.page_len, zero)
+            return tuple(  # type: ignore[return-value]
+                _write_token(pool, new[b, t], at, inside)
+                for pool, new in zip(pools, (new_key, new_value), strict=True)
+            )
+
+        pools = lax.fori_loop(0, batch * num_tokens, write_token, (self.key, self.value))
+        return replace(self, key=pools[0], value=pools[1])
+
+    def fold_batch(self, axes: KVLayout, size: int) -> Self:
+        """See `KVLayout.fold_batch`: mapped pools are laid end to end, a shared pool stays one."""
+        assert isinstance(axes, Paged)
+        table_shape = list(self.page_indices.shape)
+        if axes.page_indices is not None:
+            del table_shape[int(axes.page_indices)]
+        batch = table_shape[0]
+        tables = fold_axis(self.page_indices, axes.page_indices, 0, size)
+        key, value = self.key, self.value
+        if axes.key is not None or axes.value is not None:
+            key = fold_axis(key, axes.key, 0, size)
+            value = fold_axis(value, axes.value, 0, size)
+            offset = jnp.repeat(jnp.arange(size, dtype=jnp.int32) * (key.shape[0] // size), batch)
+            tables = jnp.where(tables >= 0, tables + offset[:, None], NO_PAGE)
+        return replace(
+            self,
+            key=key,
+            value=value,
+            page_indices=tables,
+            k_scale=fold_scale(self.k_scale, axes.k_scale, size, batch),
+            v_scale=fold_scale(self.v_scale, axes.v_scale, size, batch),
+        )
+
+
+def _write_token(pool: Array, new: Array, at: tuple[Array, ...], inside: Array) -> Array:
+    block = new[None, :, None, :]
+    old = lax.dynamic_slice(pool, at, block.shape)
+    return lax.dynamic_update_slice(pool, jnp.where(inside, block, old), at)

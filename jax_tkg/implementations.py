@@ -1,0 +1,159 @@
+"""The implementations of the op, the order they are tried in, and why one was chosen.
+
+An implementation is an object with a name. Given a problem and a target it says whether it can do
+the case (`why_not` returns None or the reason), describes how it would (`plan`), and does it
+(`run`). The choice is made for the platform that is compiled for, not for the default one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jax_tkg._typing import Array
+from jax_tkg.online.blocks import attend_blocks
+from jax_tkg.online.plan import Form, Target, make_plan
+from jax_tkg.online.rows import attend_rows
+from jax_tkg.operands import Operands
+from jax_tkg.problem import AttentionProblem
+from jax_tkg.reference import attend_reference
+
+
+@runtime_checkable
+class Implementation(Protocol):
+    """One way to compute the op; hashable, without state."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `implementation=` and in reports."""
+
+    def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
+        """None if it can do this problem on this target, else the reason in words."""
+
+    def plan(self, problem: AttentionProblem, target: Target) -> object:
+        """How it would do it; printable."""
+
+    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
+        """Output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`, both float32; traced by JAX."""
+
+
+@dataclass(frozen=True)
+class OnlineSoftmax:
+    """The pure-JAX online softmax over tiles of keys: every problem, every platform."""
+
+    name: str = "xla"
+
+    def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
+        """It can always do it."""
+        del problem, target
+        return None
+
+    def plan(self, problem: AttentionProblem, target: Target) -> object:
+        """An `OnlinePlan`."""
+        return make_plan(problem, target)
+
+    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
+        """Runs the form that the plan chose."""
+        plan = make_plan(problem, target)
+        attend = attend_rows if plan.form is Form.ROWS else attend_blocks
+        return attend(problem, ops, plan)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The oracle; never chosen unless named."""
+
+    name: str = "reference"
+
+    def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
+        """It can always do it."""
+        del problem, target
+        return None
+
+    def plan(self, problem: AttentionProblem, target: Target) -> object:
+        """One sentence."""
+        del problem, target
+        return "all scores at once in float32; for tests"
+
+    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
+        """Runs the oracle."""
+        del target
+        return attend_reference(problem, ops)
+
+
+XLA = OnlineSoftmax()
+REFERENCE = Reference()
+
+IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (XLA, REFERENCE)}
+"""Every implementation that can be named."""
+
+TRIED_BY_DEFAULT: tuple[Implementation, ...] = (XLA,)
+"""What `implementation=None` tries, in order."""
+
+
+def candidates(
+    implementation: "str | Implementation | Sequence[str | Implementation] | None",
+) -> tuple[Implementation, ...]:
+    """Reads `implementation=`: None, a name, an Implementation, or a sequence of those.
+
+    Raises:
+        ValueError: for an unknown name or an empty sequence.
+        TypeError: for anything else.
+    """
+    if implementation is None:
+        return TRIED_BY_DEFAULT
+    if isinstance(implementation, str | Implementation):
+        implementation = (implementation,)
+    if not isinstance(implementation, Sequence):
+        raise TypeError(
+            f"implementation must be None, a name, or a sequence of names; got {implementation!r}."
+        )
+    if not implementation:
+        raise ValueError("implementation is an empty sequence; leave it out to try the defaults.")
+    return tuple(_named(i) for i in implementation)
+
+
+def _named(implementation: "str | Implementation") -> Implementation:
+    if not isinstance(implementation, str):
+        return implementation
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {implementation!r}; there are {known}.")
+    return IMPLEMENTATIONS[implementation]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and why what came before it did not.
+
+    Attributes:
+        chosen: the implementation, None if none can do it.
+        rejected: pairs (name, reason) in the order tried.
+    """
+
+    chosen: Implementation | None
+    rejected: tuple[tuple[str, str], ...]
+
+    def require(self) -> Implementation:
+        """The chosen implementation.
+
+        Raises:
+            NotImplementedError: if the only one asked for cannot do the case; with its reason.
+            ExceptionGroup: of NotImplementedErrors, if none of several can.
+        """
+        if self.chosen is not None:
+            return self.chosen
+        errors = [NotImplementedError(f"{name}: {reason}") for name, reason in self.rejected]
+        if len(errors) == 1:
+            raise errors[0]
+        raise ExceptionGroup("no implementation can do this attention call", errors)
+
+
+def choose(problem: AttentionProblem, target: Target, tried: Sequence[Implementation]) -> Choice:
+    """The first of `tried` that can do the problem on the target."""
+    rejected: list[tuple[str, str]] = []
+    for implementation in tried:
+        reason = implementation.why_not(problem, target)
+        if reason is None:
+            return Choice(implementation, tuple(rejected))
+        rejected.append((implementation.name, reason))
+    return Choice(None, tuple(rejected))

@@ -1,0 +1,1 @@
+"""The pure-JAX online softmax: plan, two loop forms, backward."""

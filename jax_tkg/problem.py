@@ -1,0 +1,349 @@
+"""The validated description of one attention call: shapes, dtypes, mask rules. No arrays.
+
+Every error a user can cause is raised here, before anything is traced or compiled. A problem is
+frozen and hashable: it is the static part of a call, and all that a plan may depend on.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_tkg.cache.layouts import LayoutTraits
+from jax_tkg.cache.storage import CACHE_DTYPES, is_quantised
+from jax_tkg.masks import PositionRule, Window
+from jax_tkg.operands import Operands
+
+QUERY_DTYPES: tuple[np.dtype, ...] = tuple(
+    np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """What is to be computed.
+
+    Letters: B batch, T new tokens, S cache slots, N query heads, K KV heads, G = N / K, H head_dim,
+    Hv value head_dim.
+
+    Attributes:
+        batch, num_tokens, kv_len, num_heads, num_kv_heads, head_dim, value_head_dim: B T S N K H Hv.
+        query_dtype: dtype of the query and of the output.
+        kv: the cache's layout and dtypes.
+        scale: factor of the logits, applied first.
+        logits_soft_cap: c in c * tanh(logit / c), applied after the scale; None for none.
+        rule: causal and window.
+        has_new_kv: the new keys and values come beside the cache.
+        has_lengths, has_starts: rows have their own valid range.
+        has_positions: slots of the cache hold tokens at given positions.
+        mask, bias: shapes of a dense mask and bias, or None.
+        has_sinks: each head has a sink logit.
+    """
+
+    batch: int
+    num_tokens: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    query_dtype: np.dtype
+    kv: LayoutTraits
+    scale: float
+    logits_soft_cap: float | None
+    rule: PositionRule
+    has_new_kv: bool
+    has_lengths: bool
+    has_starts: bool
+    has_positions: bool
+    mask: Shape | None
+    bias: Shape | None
+    has_sinks: bool
+
+    @property
+    def group(self) -> int:
+        """G: query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def rows_per_head(self) -> int:
+        """G * T: logit rows of one KV head."""
+        return self.group * self.num_tokens
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some slots of the cache may be seen by no query at all."""
+        return (
+            self.has_lengths
+            or self.has_starts
+            or self.has_positions
+            or self.mask is not None
+            or self.kv.has_holes
+            or self.rule.window is not None
+        )
+
+    def __str__(self) -> str:
+        """One line: sizes, dtypes and the features in use."""
+        sizes = (
+            f"B={self.batch} T={self.num_tokens} S={self.kv_len} N={self.num_heads} "
+            f"K={self.num_kv_heads} H={self.head_dim}"
+        )
+        if self.value_head_dim != self.head_dim:
+            sizes += f" Hv={self.value_head_dim}"
+        features = {
+            "causal": self.rule.causal,
+            f"window {self.rule.window}": self.rule.window is not None,
+            "lengths": self.has_lengths,
+            "starts": self.has_starts,
+            "positions": self.has_positions,
+            "new keys beside": self.has_new_kv,
+            "mask": self.mask is not None,
+            "bias": self.bias is not None,
+            "sinks": self.has_sinks,
+            f"soft cap {self.logits_soft_cap}": self.logits_soft_cap is not None,
+        }
+        used = ", ".join(name for name, on in features.items() if on)
+        return f"{sizes} {self.query_dtype.name} on {self.kv.dtype.name} {self.kv.name}: {used}"
+
+
+def make_problem(
+    ops: Operands,
+    *,
+    scale: float | None,
+    logits_soft_cap: float | None,
+    local_window_size: int | Sequence[int | None] | None,
+    is_causal: bool,
+) -> AttentionProblem:
+    """Checks everything about a call that can be wrong and describes it.
+
+    Raises:
+        TypeError: for a dtype that cannot be used.
+        ValueError: for shapes or options that do not fit together; the message has what was given,
+            what is needed and what to do.
+    """
+    ops.kv.check()
+    _check_dtypes(ops)
+    _check_query(ops)
+    _check_new_kv(ops)
+    _check_scales(ops)
+    _check_rows(ops)
+    kv, query = ops.kv.shape, ops.query.shape
+    keys = kv.kv_len + (query[1] if ops.new_key is not None else 0)
+    for name in ("mask", "bias"):
+        _check_dense(name, getattr(ops, name), (query[0], query[2], query[1], keys))
+    return AttentionProblem(
+        batch=query[0],
+        num_tokens=query[1],
+        kv_len=kv.kv_len,
+        num_heads=query[2],
+        num_kv_heads=kv.num_kv_heads,
+        head_dim=query[3],
+        value_head_dim=kv.value_head_dim,
+        query_dtype=np.dtype(ops.query.dtype),
+        kv=ops.kv.traits,
+        scale=_finite("scale", query[3] ** -0.5 if scale is None else scale),
+        logits_soft_cap=_soft_cap(logits_soft_cap),
+        rule=PositionRule(causal=bool(is_causal), window=make_window(local_window_size)),
+        has_new_kv=ops.new_key is not None,
+        has_lengths=ops.lengths is not None,
+        has_starts=ops.starts is not None,
+        has_positions=ops.key_positions is not None,
+        mask=None if ops.mask is None else tuple(ops.mask.shape),
+        bias=None if ops.bias is None else tuple(ops.bias.shape),
+        has_sinks=ops.sinks is not None,
+    )
+
+
+def make_window(size: int | Sequence[int | None] | None) -> Window | None:
+    """Reads `local_window_size`: w means (w, w), or a pair (left, right); None is unbounded."""
+    if size is None:
+        return None
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        return Window(int(size), int(size))
+    if isinstance(size, Sequence) and len(size) == 2:
+        left, right = size
+        if all(s is None or isinstance(s, (int, np.integer)) for s in (left, right)):
+            return Window(*(None if s is None else int(s) for s in (left, right)))
+    raise ValueError(
+        f"local_window_size must be an int or a pair (left, right) of ints or None, got {size!r}. "
+        "A window of w keys that ends at the query's own is (w - 1, 0)."
+    )
+
+
+def _check_dtypes(ops: Operands) -> None:
+    if np.dtype(ops.query.dtype) not in QUERY_DTYPES:
+        names = ", ".join(d.name for d in QUERY_DTYPES)
+        raise TypeError(f"query must be {names}; got {ops.query.dtype}. Cast it first.")
+    if ops.kv.dtype not in CACHE_DTYPES:
+        names = ", ".join(d.name for d in CACHE_DTYPES)
+        raise TypeError(f"key and value must be {names}; got {ops.kv.dtype}. Cast them first.")
+    for name in ("new_key", "new_value", "bias", "sinks"):
+        array = getattr(ops, name)
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a float array, got {array.dtype}.")
+    if ops.mask is not None and ops.mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be bool (True where a query sees a key), got {ops.mask.dtype}. "
+            "Give numbers to add to the logits as bias=."
+        )
+    for name in ("lengths", "starts", "query_positions", "key_positions"):
+        array = getattr(ops, name)
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{_PUBLIC.get(name, name)} must be integers, got {array.dtype}.")
+
+
+_PUBLIC = {"lengths": "key_value_seq_lengths", "starts": "key_value_seq_starts"}
+
+
+def _check_query(ops: Operands) -> None:
+    query = ops.query.shape
+    if len(query) != 4:
+        raise ValueError(f"query must be [B, T, N, H], got shape {query}.")
+    kv, described = ops.kv.shape, _describe(ops)
+    if 0 in (*query, kv.kv_len, kv.num_kv_heads, kv.value_head_dim):
+        raise ValueError(f"every dimension must be at least 1; got {described}.")
+    if query[0] != kv.batch:
+        raise ValueError(
+            f"query has batch {query[0]} and the cache {kv.batch} ({described}). "
+            "Repeat neither: use jax.vmap to share a cache between queries."
+        )
+    if query[3] != kv.head_dim:
+        raise ValueError(f"query and key must have the same head_dim; got {described}.")
+    if query[2] % kv.num_kv_heads:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of KV heads; got "
+            f"N={query[2]} and K={kv.num_kv_heads} ({described})."
+        )
+
+
+def _check_new_kv(ops: Operands) -> None:
+    if (ops.new_key is None) != (ops.new_value is None):
+        raise ValueError("new_key and new_value must be given together.")
+    if ops.new_key is None or ops.new_value is None:
+        return
+    kv, query = ops.kv.shape, ops.query.shape
+    wanted = (
+        ("new_key", ops.new_key.shape, (query[0], query[1], kv.num_kv_heads, kv.head_dim)),
+        (
+            "new_value",
+            ops.new_value.shape,
+            (query[0], query[1], kv.num_kv_heads, kv.value_head_dim),
+        ),
+    )
+    for name, given, needed in wanted:
+        if given != needed:
+            raise ValueError(
+                f"{name} must be [B, T, K, H] = {needed}, one key per query token; "
+                f"got {given} ({_describe(ops)})."
+            )
+
+
+def _check_scales(ops: Operands) -> None:
+    kv = ops.kv.shape
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(ops.kv, name)
+        if scale is None:
+            continue
+        if not is_quantised(ops.kv.dtype):
+            raise ValueError(
+                f"{name} is for int8 and 8-bit float caches; this one is {ops.kv.dtype.name}. "
+                "Drop it, or multiply it into the keys."
+            )
+        if (
+            scale.ndim != 2
+            or scale.shape[0] not in (1, kv.batch)
+            or scale.shape[1] != kv.num_kv_heads
+        ):
+            raise ValueError(
+                f"{name} must be a number or [K] = ({kv.num_kv_heads},); got shape {scale.shape}."
+            )
+
+
+def _check_rows(ops: Operands) -> None:
+    batch, tokens = ops.query.shape[:2]
+    slots = ops.kv.shape.kv_len
+    needed = {
+        "lengths": (batch,),
+        "starts": (batch,),
+        "query_positions": (batch, tokens),
+        "key_positions": (batch, slots),
+    }
+    for name, shape in needed.items():
+        array = getattr(ops, name)
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{_PUBLIC.get(name, name)} must have shape {shape}, got {array.shape} "
+                f"({_describe(ops)})."
+            )
+    heads = ops.query.shape[2]
+    if ops.sinks is not None and (
+        ops.sinks.ndim != 2 or ops.sinks.shape[0] not in (1, batch) or ops.sinks.shape[1] != heads
+    ):
+        raise ValueError(
+            f"sinks must be one logit per query head ({heads},); got {ops.sinks.shape}."
+        )
+    if ops.key_positions is not None and ops.lengths is None:
+        raise ValueError(
+            "key_positions needs key_value_seq_lengths: the number of tokens of each row says at "
+            "which positions its new queries are."
+        )
+
+
+def _check_dense(name: str, array: jax.Array | None, full: Shape) -> None:
+    if array is None:
+        return
+    fits = array.ndim == 4 and all(
+        n in (1, m) for n, m in zip(array.shape[:3], full[:3], strict=True)
+    )
+    if not fits or array.shape[3] != full[3]:
+        raise ValueError(
+            f"{name} must be [B or 1, N or 1, T or 1, keys] with full size {full}; "
+            f"got {tuple(array.shape)}. Keys beside the cache count, after those in it."
+        )
+
+
+def check_host_integers(name: str, values: Any, most: int | None) -> None:
+    """Checks integers whose values are known before tracing (Python numbers, NumPy arrays).
+
+    Raises:
+        TypeError: if they are not integers.
+        ValueError: if one is negative or above `most`.
+    """
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name} must be integers, got {array.dtype}.")
+    if array.size and (array.min() < 0 or (most is not None and array.max() > most)):
+        top = "" if most is None else f" and at most {most}, the number of keys"
+        raise ValueError(f"{name} must be at least 0{top}; got {array.tolist()}.")
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, jax.core.Tracer) or not math.isfinite(value):
+        raise ValueError(
+            f"{name} must be a finite Python number, got {value!r}. "
+            "Multiply a traced scale into the query instead, with scale=1.0."
+        )
+    return float(value)
+
+
+def _soft_cap(value: float | None) -> float | None:
+    if value is None:
+        return None
+    cap = _finite("logits_soft_cap", value)
+    if cap <= 0:
+        raise ValueError(f"logits_soft_cap must be positive, got {cap}; leave it out for no cap.")
+    return cap
+
+
+def _describe(ops: Operands) -> str:
+    kv = ops.kv
+    return (
+        f"query {tuple(ops.query.shape)}, key {tuple(kv.key.shape)}, "
+        f"value {tuple(kv.value.shape)} in layout {kv.name}"
+    )
