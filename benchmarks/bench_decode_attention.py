@@ -1,9 +1,10 @@
 """Decode attention side by side: attention_tkg, jax.nn.dot_product_attention, torch's SDPA.
 
-Every row of the table is one shape. All contenders of a shape run interleaved in one process, on
-keys and values that were not touched since they left the cache (several copies are used in turn),
-each on its own layout. Figures are medians of CPU time (all threads), so a contender gains nothing
-by occupying more cores; the ratios are what to read.
+Every row of the table is one shape. All contenders of a shape run interleaved in one process, in
+an order that changes every time, each on its own layout. Before each timed call a large array is
+read, so that keys and values are cold and nobody pays for writing back what the previous contender
+left in the processor's cache. Figures are medians of CPU time (all threads), so a contender gains
+nothing by occupying more cores; the ratios are what to read.
 
     python benchmarks/bench_decode_attention.py               # everything, about ten minutes
     python benchmarks/bench_decode_attention.py --quick       # fewer repetitions
@@ -12,10 +13,12 @@ by occupying more cores; the ratios are what to read.
 import argparse
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +33,7 @@ try:
 except ImportError:  # the [bench] extra
     torch = None
 
-COLD_BYTES = 160e6  # several times the last-level cache of the machines this runs on
+EVICTING = np.ones(96 * 2**20 // 8)  # larger than the last-level cache of the machines this runs on
 
 
 @dataclass(frozen=True)
@@ -65,112 +68,97 @@ SHAPES = (
     Shape(2, 8, 5, 80, 4096),
 )
 
-Run = Callable[[int], object]
+Run = Callable[[], object]
 
 
 class Inputs:
-    """Queries and enough copies of keys and values that each use finds them cold."""
+    """Queries, keys and values, and caches filled with them."""
 
     def __init__(self, shape: Shape, dtype: np.dtype, tokens: int) -> None:
         self.shape, self.dtype, self.tokens = shape, np.dtype(dtype), tokens
-        self.copies = max(2, math.ceil(COLD_BYTES / shape.bytes(self.dtype)))
         rng = np.random.default_rng(0)
         heads = shape.kv_heads * shape.group
         query = rng.standard_normal((shape.batch, tokens, heads, shape.head_dim), np.float32)
         self.query = jnp.asarray(query, self.dtype)
         size = (shape.batch, shape.slots, shape.kv_heads, shape.head_dim)
-        one = [rng.standard_normal(size, np.float32) for _ in range(2)]
-        arrays = [jnp.asarray(x, self.dtype) for x in one]
-        self.bskh = [tuple(jnp.copy(x) for x in arrays) for _ in range(self.copies)]
-
-    def caches(self, length: int | None = None) -> list[jax_tkg.KVCache]:
-        """Our cache type, filled."""
-        shape = self.shape
+        self.key, self.value = (
+            jnp.asarray(rng.standard_normal(size, np.float32), self.dtype) for _ in range(2)
+        )
         fill = jax.jit(lambda c, k, v: c.append(k, v), donate_argnums=0)
-        out = []
-        for key, value in self.bskh:
-            cache = jax_tkg.KVCache.create(
-                shape.batch, shape.slots, shape.kv_heads, shape.head_dim, dtype=self.dtype
-            )
-            cache = fill(cache, key, value)
-            if length is not None:
-                cache = cache.truncate(jnp.full(shape.batch, length))
-            out.append(cache)
-        return out
-
-    def head_major(self) -> list[jax_tkg.BKSH]:
-        """Every slot live, no lengths: the layout alone."""
-        return [cache.kv for cache in self.caches()]
+        empty = jax_tkg.KVCache.create(
+            shape.batch, shape.slots, shape.kv_heads, shape.head_dim, dtype=self.dtype
+        )
+        self.cache = fill(empty, self.key, self.value)
 
 
 def contenders(inputs: Inputs) -> dict[str, Run]:
-    """Whole cache live."""
-    query, copies = inputs.query, inputs.copies
+    """Whole cache live; "cache" knows its lengths, "layout" is the same arrays without lengths."""
+    query, key, value, cache = inputs.query, inputs.key, inputs.value, inputs.cache
     baseline = jax.jit(jax.nn.dot_product_attention)
-    # Every slot is live and seen by the last token: the meaning of the baseline, which is not
-    # causal, is is_causal=False here.
-    ours = jax.jit(lambda q, kv: jax_tkg.attention_tkg(q, kv, is_causal=False))
-    plain = jax.jit(lambda q, k, v: jax_tkg.attention_tkg(q, k, v, is_causal=False))
-    caches, layouts = inputs.caches(), inputs.head_major()
+    # The baseline is not causal: every token sees every slot.
+    ours = jax.jit(partial(jax_tkg.attention_tkg, is_causal=False))
     runs: dict[str, Run] = {
-        "jax.nn": lambda i: baseline(query, *inputs.bskh[i % copies]),
-        "cache": lambda i: ours(query, caches[i % copies]),
-        "layout": lambda i: ours(query, layouts[i % copies]),
-        "plain": lambda i: plain(query, *inputs.bskh[i % copies]),
+        "jax.nn": lambda: baseline(query, key, value),
+        "cache": lambda: ours(query, cache),
+        "layout": lambda: ours(query, cache.kv),
+        "plain": lambda: ours(query, key, value),
     }
-    if torch is not None:
-        runs["torch"] = torch_run(inputs)
-    want = np.asarray(runs["jax.nn"](0), np.float32)
+    want = np.asarray(runs["jax.nn"](), np.float32)
     limit = 1e-4 if inputs.dtype == np.float32 else 2e-2
     for name in ("cache", "layout", "plain"):
-        error = np.abs(np.asarray(runs[name](0), np.float32) - want).max()
+        error = np.abs(np.asarray(runs[name](), np.float32) - want).max()
         assert error < limit, f"{name} is off by {error}"
+    if torch is not None:
+        runs["torch"] = torch_run(inputs)
     return runs
 
 
 def torch_run(inputs: Inputs) -> Run:
-    """torch's SDPA on its own layout [B, heads, S, H]."""
+    """SDPA of torch on its own layout [B, heads, S, H]."""
     dtype = torch.float32 if inputs.dtype == np.float32 else torch.bfloat16
 
     def give(array: jax.Array) -> "torch.Tensor":
         host = np.array(jnp.swapaxes(array, 1, 2).astype(jnp.float32))
         return torch.from_numpy(host).to(dtype)
 
-    query, kv = give(inputs.query), [tuple(give(x) for x in pair) for pair in inputs.bskh]
+    query, key, value = give(inputs.query), give(inputs.key), give(inputs.value)
     attend = torch.nn.functional.scaled_dot_product_attention
     grouped = inputs.shape.group > 1
 
-    def run(i: int) -> object:
+    def run() -> object:
         with torch.no_grad():
-            return attend(query, *kv[i % inputs.copies], enable_gqa=grouped)
+            return attend(query, key, value, enable_gqa=grouped)
 
     return run
 
 
 def quarter_contenders(inputs: Inputs) -> dict[str, Run]:
     """A quarter of the bucket is live."""
-    query, copies, length = inputs.query, inputs.copies, inputs.shape.slots // 4
-    lengths = jnp.full(inputs.shape.batch, length)
-    baseline = jax.jit(
-        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
-    )
+    query, key, value = inputs.query, inputs.key, inputs.value
+    lengths = jnp.full(inputs.shape.batch, inputs.shape.slots // 4)
+    cache = inputs.cache.truncate(lengths)
+    baseline = jax.jit(jax.nn.dot_product_attention)
     ours = jax.jit(jax_tkg.attention_tkg)
-    caches = inputs.caches(length)
     return {
-        "jax.nn": lambda i: baseline(query, *inputs.bskh[i % copies]),
-        "cache": lambda i: ours(query, caches[i % copies]),
+        "jax.nn": lambda: baseline(query, key, value, key_value_seq_lengths=lengths),
+        "cache": lambda: ours(query, cache),
+        "plain": lambda: ours(query, key, value, key_value_seq_lengths=lengths),
     }
 
 
 def cpu_medians(runs: dict[str, Run], repetitions: int) -> dict[str, float]:
-    """Median CPU seconds of each contender; they take turns."""
-    for run in runs.values():
-        jax.block_until_ready(run(0))
+    """Median CPU seconds of each contender; they take turns in a shuffled order."""
+    order = list(runs)
+    for name in order:
+        jax.block_until_ready(runs[name]())
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repetitions):
-        for name, run in runs.items():
+    shuffle = random.Random(0).shuffle
+    for _ in range(repetitions):
+        shuffle(order)
+        for name in order:
+            EVICTING.sum()
             begin = time.process_time()
-            jax.block_until_ready(run(i))
+            jax.block_until_ready(runs[name]())
             times[name].append(time.process_time() - begin)
     return {name: statistics.median(t) for name, t in times.items()}
 

@@ -64,7 +64,9 @@ def draw_tiles(path: Path) -> None:
         axis.spines[:].set_visible(False)
     axes[1].set_xlabel(f"tiles of {plan.tile} keys, slots 0 to {slots}")
     handles = [Rectangle((0, 0), 1, 1, color=c) for c in COLOURS.values()]
-    fig.legend(handles, ["no mask needed", "masked", "not read"], loc="outside lower right", ncols=3)
+    fig.legend(
+        handles, ["no mask needed", "masked", "not read"], loc="outside lower right", ncols=3
+    )
     fig.savefig(path, metadata={"Date": None})
     plt.close(fig)
 
@@ -81,7 +83,9 @@ def draw_flow(path: Path) -> None:
     ]
     fig, axis = plt.subplots(figsize=(11, 1.7))
     for i, (name, where) in enumerate(boxes):
-        box = FancyBboxPatch((i * 2, 0), 1.5, 1, boxstyle="round,pad=0.08", fc="#eef4f8", ec="#2a6f97")
+        box = FancyBboxPatch(
+            (i * 2, 0), 1.5, 1, boxstyle="round,pad=0.08", fc="#eef4f8", ec="#2a6f97"
+        )
         axis.add_patch(box)
         axis.text(i * 2 + 0.75, 0.66, name, ha="center", va="center", fontsize=9, weight="bold")
         axis.text(i * 2 + 0.75, 0.2, where, ha="center", va="center", fontsize=7)

@@ -1,8 +1,8 @@
 """Token-generation (decode) flash attention for JAX and Flax.
 
-`attention_tkg` attends from a few new tokens to a long KV cache; `explain` says which implementation
-runs it. `KVCache`, `RingKVCache` and `PagedKVCache` hold keys and values; layers and decoders are
-in `jax_tkg.flax_layers`, real models in `jax_tkg.models`.
+`attention_tkg` attends from a few new tokens to a long KV cache; `explain` says which
+implementation runs it. `KVCache`, `RingKVCache` and `PagedKVCache` hold keys and values; layers and
+decoders are in `jax_tkg.flax_layers`, real models in `jax_tkg.models`.
 """
 
 from jax_tkg.attention import Explanation, attention_tkg, explain
@@ -10,6 +10,7 @@ from jax_tkg.cache.kv_cache import KVCache, RingKVCache
 from jax_tkg.cache.layouts import BKHS, BKSH, BSKH, KVLayout
 from jax_tkg.cache.paged import Paged
 from jax_tkg.cache.storage import absmax_scale
+from jax_tkg.generation.api import Generated, generate, stream
 from jax_tkg.implementations import IMPLEMENTATIONS, Implementation
 from jax_tkg.online.plan import Target
 from jax_tkg.problem import AttentionProblem
@@ -26,6 +27,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "AttentionProblem",
     "Explanation",
+    "Generated",
     "Greedy",
     "Implementation",
     "KVCache",
@@ -43,5 +45,7 @@ __all__ = [
     "argmax_tokens",
     "attention_tkg",
     "explain",
+    "generate",
     "merge_attention",
+    "stream",
 ]

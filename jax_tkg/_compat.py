@@ -4,14 +4,14 @@ Everything here is about types that carry more than shape and dtype: the shardin
 and the manual axes over which a value varies inside `shard_map`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
 
 try:
     from jax.sharding import use_abstract_mesh
@@ -47,14 +47,19 @@ def agree_on_varying_axes(arrays: Sequence[Any]) -> list[Any]:
 
 def like_query(query: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     """The type of a result: new shape and dtype, B, T and N sharded as the query's."""
-    spec = (*query.sharding.spec, *(None,) * 4)[:3]
-    padded = PartitionSpec(*spec, *(None,) * (len(shape) - 3))
-    return query.update(
-        shape=shape,
-        dtype=dtype,
-        weak_type=False,
-        sharding=NamedSharding(query.sharding.mesh, padded),
-    )
+    spec = PartitionSpec(*query.sharding.spec[:3], *(None,) * (len(shape) - 3))
+    sharding = NamedSharding(query.sharding.mesh, spec)
+    return query.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def stacked_sharding(query: Any, query_axis: int | None, mapped: Any, axis: int) -> NamedSharding:
+    """The sharding of results `[V, B, T, N, ...]` of vmap, given types and their mapped axes.
+
+    B, T and N are sharded as the query's, V as the mapped operand's axis.
+    """
+    rows = [s for i, s in enumerate(query.sharding.spec) if i != query_axis][:3]
+    spec = PartitionSpec(mapped.sharding.spec[axis], *rows)
+    return NamedSharding(query.sharding.mesh, spec)
 
 
 def without_sharding(aval: Any) -> Any:
@@ -65,6 +70,24 @@ def without_sharding(aval: Any) -> Any:
 def no_explicit_mesh() -> AbstractContextManager[Any]:
     """Traces as if no mesh were set, so that operations need not say how results are sharded."""
     return use_abstract_mesh(AbstractMesh((), ()))
+
+
+def partitioned_by_compiler(
+    fun: Callable[..., Sequence[jax.Array]], shardings: Sequence[NamedSharding], *arrays: jax.Array
+) -> Sequence[jax.Array]:
+    """`fun(*arrays)` where explicit mesh axes are automatic inside; results get `shardings`.
+
+    For code that reshapes sharded axes in ways JAX cannot type, or that reads operands sharded
+    unlike each other.
+    """
+    meshes = [s.mesh for s in shardings] + [jax.typeof(a).sharding.mesh for a in arrays]
+    mesh = next((m for m in meshes if not m.empty), AbstractMesh((), ()))
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return fun(*arrays)
+    on_mesh = [NamedSharding(mesh, s.spec) for s in shardings]
+    return auto_axes(fun, axes=explicit, out_sharding=on_mesh)(*arrays)
 
 
 def is_auto_partitioned(ctx: mlir.LoweringRuleContext) -> bool:

@@ -5,7 +5,7 @@ public call -> Operands (arrays) + AttentionProblem (static, validated) -> plan 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,38 +69,40 @@ def attention_tkg(
 
     Args:
         query: `[B, T, N, H]`, float32, bfloat16 or float16. The output has its dtype.
-        key: the cached keys `[B, S, K, H]`; or a layout (`jax_tkg.BKSH(...)`, `jax_tkg.Paged(...)`);
-            or a `KVCache`, which also knows its lengths, starts and positions.
+        key: the cached keys `[B, S, K, H]`; or a layout (`jax_tkg.BKSH(...)`,
+            `jax_tkg.Paged(...)`); or a `KVCache`, which also knows its lengths, starts and
+            positions.
         value: the cached values `[B, S, K, Hv]`; None with a layout or a cache.
         bias: added to the logits after the soft cap, `[B|1, N|1, T|1, S']`, float; -inf masks.
             S' is S, or S + T with the new keys last when they come beside the cache.
         mask: `[B|1, N|1, T|1, S']`, bool, True where a query sees a key; combines with the rest.
         new_key: `[B, T, K, H]`, the new tokens' keys when they are not yet in the cache.
         new_value: `[B, T, K, Hv]`.
-        key_value_seq_lengths: int `[B]`, tokens of each row, the T new ones included whether they are
-            in the cache or beside it. By default every slot is live.
+        key_value_seq_lengths: int `[B]`, tokens of each row, the T new ones included whether they
+            are in the cache or beside it. By default every slot is live.
         key_value_seq_starts: int `[B]`, first live position of each row (left padding).
         query_positions: int `[B, T]`, instead of bottom-right alignment.
         key_positions: int `[B, S]`, the position of the token in each slot, negative for none (ring
             buffers). By default slot s holds position s.
         scale: factor of the logits; by default 1 / sqrt(H).
         is_causal: whether a query sees only positions up to its own.
-        local_window_size: w for (w, w), or (left, right), both inclusive, in token positions: a query
-            at p sees p - left to p + right. A Mistral-style window of w keys is (w - 1, 0).
+        local_window_size: w for (w, w), or (left, right), both inclusive, in token positions: a
+            query at p sees p - left to p + right. A Mistral-style window of w keys is (w - 1, 0).
         logits_soft_cap: c above.
         sinks: one logit per query head `[N]`.
         k_scale: for int8 and 8-bit float keys, `[]` or `[K]`: a key is `stored * k_scale`.
         v_scale: likewise for values.
         rope: rotates the query and `new_key` at the new tokens' positions before they are used.
         return_residual: also return the log-sum-exp.
-        implementation: None tries what fits the platform, in order; a name ("xla", "reference") or an
-            `Implementation` uses that one or raises; a sequence is tried in order. See `explain`.
+        implementation: None tries what fits the platform, in order; a name ("xla", "reference") or
+            an `Implementation` uses that one or raises; a sequence is tried in order. See
+            `explain`.
 
     Returns:
         The output `[B, T, N, Hv]`. If more is asked for, a tuple of the output, then with
-        `return_residual` the log-sum-exp `[B, T, N]` (natural log, float32, includes scale, cap, bias
-        and sink; `merge_attention` combines such results), then with `rope` the rotated new keys
-        `[B, T, K, H]`, to be appended to the cache.
+        `return_residual` the log-sum-exp `[B, T, N]` (natural log, float32, includes scale, cap,
+        bias and sink; `merge_attention` combines such results), then with `rope` the rotated new
+        keys `[B, T, K, H]`, to be appended to the cache.
 
     Raises:
         ValueError: shapes or options that do not fit together, an unknown implementation.
@@ -111,7 +113,7 @@ def attention_tkg(
     arguments = dict(locals())
     return_residual, tried = arguments.pop("return_residual"), candidates(implementation)
     del arguments["implementation"]
-    call = _prepare(**arguments)
+    call = prepare(**arguments)
     choose(call.problem, Target(platforms=()), tried).require()
     out, lse = attend(call.problem, tried, call.operands)
     results = (out, *((lse,) * return_residual), *((call.operands.new_key,) * (rope is not None)))
@@ -176,9 +178,7 @@ def explain(
         call_args, call_kwargs = jax.tree.unflatten(tree, filled)
         call_kwargs.pop("return_residual", None)
         names = ("query", "key", "value", "bias", "mask")
-        problems.append(
-            _prepare(**dict(zip(names, call_args, strict=False)), **call_kwargs).problem
-        )
+        problems.append(prepare(**dict(zip(names, call_args, strict=False)), **call_kwargs).problem)
 
     jax.eval_shape(trace, [x for a, x in zip(is_array, leaves, strict=True) if a])
     choice: Choice = choose(problems[0], target, tried)
@@ -191,13 +191,14 @@ def explain(
     )
 
 
-@dataclass(frozen=True)
-class _Call:
+class Call(NamedTuple):
+    """A call in canonical form: its static description and its arrays."""
+
     problem: AttentionProblem
     operands: Operands
 
 
-def _prepare(
+def prepare(
     query: Array,
     key: Array | KVLayout | KVCache,
     value: Array | None = None,
@@ -218,7 +219,7 @@ def _prepare(
     is_causal: bool = True,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
-) -> _Call:
+) -> Call:
     """Brings the arguments into canonical form, validates them, and rotates if asked to."""
     rows = {
         "key_value_seq_lengths": key_value_seq_lengths,
@@ -261,7 +262,7 @@ def _prepare(
     )
     if rope is not None:
         ops = _rotated(ops, rope)
-    return _Call(problem, ops)
+    return Call(problem, ops)
 
 
 def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale: Scale) -> KVLayout:
@@ -270,20 +271,17 @@ def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale:
         return key
     if value is None:
         raise ValueError(
-            "value is missing: give key and value arrays [B, S, K, H], or a KVCache or layout alone."
+            "value is missing: give key and value arrays [B, S, K, H], or a layout or KVCache alone"
         )
     key, value = jnp.asarray(key), jnp.asarray(value)
     dtype = np.dtype(key.dtype)
     kv = BSKH(key=key, value=value, k_scale=None, v_scale=None, dtype=dtype)
     kv.check()
     heads = kv.shape.num_kv_heads
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
     return replace(
         kv,
-        **{
-            name: None if s is None else head_scale(s, dtype, heads, name)
-            for name, s in scales.items()
-        },
+        k_scale=None if k_scale is None else head_scale(k_scale, dtype, heads, "k_scale"),
+        v_scale=None if v_scale is None else head_scale(v_scale, dtype, heads, "v_scale"),
     )
 
 
@@ -307,8 +305,8 @@ def _per_row(name: str, given: Rows, batch: int, most: int | None) -> Array | No
 def _rotated(ops: Operands, rope: RotaryEmbedding) -> Operands:
     if ops.new_key is None:
         raise ValueError(
-            "rope= rotates the new queries and keys, so the new keys must be beside the cache: give "
-            "new_key= and new_value=, or rotate both yourself with the RotaryEmbedding."
+            "rope= rotates the new queries and keys, so the new keys must be beside the cache: "
+            "give new_key= and new_value=, or rotate both yourself with the RotaryEmbedding."
         )
     positions, tokens = ops.query_positions, ops.query.shape[1]
     if positions is None:
@@ -317,3 +315,6 @@ def _rotated(ops: Operands, rope: RotaryEmbedding) -> Operands:
             total = jnp.full(ops.query.shape[0], ops.kv.shape.kv_len + tokens, jnp.int32)
         positions = default_query_positions(total, tokens)
     return replace(ops, query=rope(ops.query, positions), new_key=rope(ops.new_key, positions))
+
+
+_prepare = prepare

@@ -20,7 +20,8 @@ NO_POSITION = -1
 class Window:
     """Positions a query sees around its own, both ends inclusive; None is unbounded.
 
-    A Mistral-style window of w keys (the query's own and the w - 1 before it) is `Window(w - 1, 0)`.
+    A Mistral-style window of w keys (the query's own and the w - 1 before it) is `Window(w - 1,
+    0)`.
     """
 
     left: int | None
@@ -59,6 +60,24 @@ class PositionRule:
             if self.window.right is not None:
                 seen &= key_position <= query_position + self.window.right
         return seen
+
+    def seen_by_all(
+        self,
+        query_position: Int[Array, "B T"],
+        start: Int[Array, " B"],
+        length: Int[Array, " B"],
+    ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """The range of positions, end exclusive, that every query of the row sees."""
+        first, end = jnp.maximum(start, 0), length
+        earliest, latest = jnp.min(query_position, axis=1), jnp.max(query_position, axis=1)
+        if self.causal:
+            end = jnp.minimum(end, earliest + 1)
+        if self.window is not None:
+            if self.window.left is not None:
+                first = jnp.maximum(first, latest - self.window.left)
+            if self.window.right is not None:
+                end = jnp.minimum(end, earliest + self.window.right + 1)
+        return first, jnp.maximum(first, end)
 
     def first_visible(
         self, query_position: Int[Array, "B T"], start: Int[Array, " B"]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_tkg._typing import Array
+from jax_tkg._typing import Array, Leaf
 from jax_tkg.cache.layouts import KVLayout, fold_axis
 
 
@@ -30,17 +30,17 @@ class Operands:
     S' covers the keys a query can see: S, or S + T with the new keys last when they are beside.
     """
 
-    query: Array
+    query: Leaf
     kv: KVLayout
-    new_key: Array | None = None
-    new_value: Array | None = None
-    lengths: Array | None = None
-    starts: Array | None = None
-    query_positions: Array | None = None
-    key_positions: Array | None = None
-    mask: Array | None = None
-    bias: Array | None = None
-    sinks: Array | None = None
+    new_key: Leaf | None = None
+    new_value: Leaf | None = None
+    lengths: Leaf | None = None
+    starts: Leaf | None = None
+    query_positions: Leaf | None = None
+    key_positions: Leaf | None = None
+    mask: Leaf | None = None
+    bias: Leaf | None = None
+    sinks: Leaf | None = None
 
 
 jax.tree_util.register_dataclass(
@@ -57,12 +57,12 @@ _PER_ROW = (
     "key_positions",
 )
 _PER_ROW_OR_SHARED = ("mask", "bias", "sinks")
+_HEAD_AXIS = {"query": 2, "mask": 1, "bias": 1, "sinks": 1}
 
 
-def only_query_mapped(axes: Operands) -> bool:
-    """Whether vmap maps the query alone, so that all its copies read one cache."""
-    others = replace(axes, query=None)  # type: ignore[arg-type]
-    return axes.query is not None and not jax.tree.leaves(others)
+def maps_heads_only(axes: Operands) -> bool:
+    """Whether vmap maps nothing but what a query head has of its own."""
+    return not jax.tree.leaves(replace(axes, **dict.fromkeys(_HEAD_AXIS)))
 
 
 def fold_into_batch(ops: Operands, axes: Operands, size: int) -> Operands:
@@ -84,22 +84,26 @@ def fold_into_batch(ops: Operands, axes: Operands, size: int) -> Operands:
     return replace(ops, **folded)
 
 
-def fold_into_heads(ops: Operands, axis: Any, num_kv_heads: int) -> Operands:
-    """Joins a mapped query axis with the query heads of each KV head: the cache is read once."""
-    query = jnp.moveaxis(ops.query, axis, 3)  # [B, T, N, V, H]
-    batch, tokens, heads, copies, width = query.shape
-    group = heads // num_kv_heads
-    query = query.reshape(batch, tokens, num_kv_heads, group, copies, width)
-    query = jnp.moveaxis(query, 4, 3).reshape(batch, tokens, heads * copies, width)
-    spread = {
-        name: _spread_heads(getattr(ops, name), num_kv_heads, copies) for name in ("mask", "bias")
-    }
-    sinks = ops.sinks
-    if sinks is not None:
-        sinks = _spread_heads(sinks[:, :, None, None], num_kv_heads, copies)
-        assert sinks is not None
-        sinks = sinks[:, :, 0, 0]
-    return replace(ops, query=query, sinks=sinks, **spread)
+def fold_into_heads(ops: Operands, axes: Operands, num_kv_heads: int, size: int) -> Operands:
+    """Joins a mapped axis with the query heads of each KV head: the cache is read once for all."""
+    heads = _without(ops.query.shape, axes.query)[2]
+
+    def fold(name: str, head_axis: int) -> Array | None:
+        array, axis = getattr(ops, name), getattr(axes, name)
+        if array is None or (axis is None and array.shape[head_axis] == 1):
+            return array
+        stacked = (
+            jnp.expand_dims(array, head_axis)
+            if axis is None
+            else jnp.moveaxis(array, axis, head_axis)
+        )
+        before, after = stacked.shape[:head_axis], stacked.shape[head_axis + 2 :]
+        stacked = jnp.broadcast_to(stacked, (*before, size, heads, *after))
+        by_kv_head = stacked.reshape(*before, size, num_kv_heads, heads // num_kv_heads, *after)
+        by_kv_head = jnp.moveaxis(by_kv_head, head_axis, head_axis + 1)
+        return by_kv_head.reshape(*before, heads * size, *after)
+
+    return replace(ops, **{name: fold(name, axis) for name, axis in _HEAD_AXIS.items()})
 
 
 def unfold_heads(result: Array, num_kv_heads: int, copies: int) -> Array:
@@ -109,15 +113,6 @@ def unfold_heads(result: Array, num_kv_heads: int, copies: int) -> Array:
     split = result.reshape(batch, tokens, num_kv_heads, copies, group, *result.shape[3:])
     moved = jnp.moveaxis(split, 3, 0)
     return moved.reshape(copies, batch, tokens, num_kv_heads * group, *result.shape[3:])
-
-
-def _spread_heads(array: Array | None, num_kv_heads: int, copies: int) -> Array | None:
-    if array is None or array.shape[1] == 1:
-        return array
-    batch, heads, *rest = array.shape
-    grouped = array.reshape(batch, num_kv_heads, 1, heads // num_kv_heads, *rest)
-    spread = jnp.broadcast_to(grouped, (batch, num_kv_heads, copies, heads // num_kv_heads, *rest))
-    return spread.reshape(batch, heads * copies, *rest)
 
 
 def _without(shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:

@@ -5,12 +5,13 @@ code is traced, and so that vmap folds into the batch instead of batching a loop
 """
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -24,7 +25,7 @@ from jax_tkg.operands import (
     Operands,
     fold_into_batch,
     fold_into_heads,
-    only_query_mapped,
+    maps_heads_only,
     unfold_heads,
 )
 from jax_tkg.problem import AttentionProblem
@@ -64,7 +65,7 @@ def _run(
     target: Target,
 ) -> tuple[Array, Array]:
     chosen = choose(problem, target, tried).require()
-    with jax.named_scope(f"attention_tkg[{chosen.name}]"):
+    with jax.named_scope(f"attention_tkg[{chosen.name}]"), _compat.no_explicit_mesh():
         out, lse = chosen.run(problem, jax.tree.unflatten(tree, leaves), target)
         return out.astype(problem.query_dtype), lse
 
@@ -75,21 +76,19 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
     lower = mlir.lower_fun(partial(_run, target=target), multiple_results=True)
     # The body is traced without explicit shardings: the compiler propagates those of the operands.
     plain = ctx.replace(avals_in=[_compat.without_sharding(a) for a in ctx.avals_in])
-    with _compat.no_explicit_mesh():
-        return lower(plain, *values, **params)
+    return lower(plain, *values, **params)
 
 
 mlir.register_lowering(attention_tkg_p, _lower)
 
 
-@lru_cache(maxsize=256)
-def _compiled(tree: Any, problem: AttentionProblem, tried: tuple[Implementation, ...]) -> Any:
-    return jax.jit(partial(attention_tkg_p.bind, tree=tree, problem=problem, tried=tried))
+_compiled = jax.jit(attention_tkg_p.bind, static_argnames=("tree", "problem", "tried"))
 
 
 @attention_tkg_p.def_impl
 def _eager(*leaves: Array, **params: Any) -> Any:
-    return _compiled(**params)(*leaves)
+    with jax.disable_jit(False):  # or it would come back here
+        return _compiled(*leaves, **params)
 
 
 # --- batching
@@ -98,30 +97,63 @@ def _eager(*leaves: Array, **params: Any) -> Any:
 def _batch(
     leaves: Any, dims: Any, *, tree: Any, problem: AttentionProblem, tried: Any
 ) -> tuple[Any, Any]:
-    not_mapped = batching.not_mapped
-    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not not_mapped)
-    ops = jax.tree.unflatten(tree, leaves)
-    axes = jax.tree.unflatten(tree, [None if d is not_mapped else d for d in dims])
-    if only_query_mapped(axes):
-        ops = fold_into_heads(ops, axes.query, problem.num_kv_heads)
-        folded = replace(
-            problem,
-            num_heads=problem.num_heads * size,
-            mask=_shape(ops.mask),
-            bias=_shape(ops.bias),
-        )
-        results = bind(folded, tried, ops)
-        return [unfold_heads(r, problem.num_kv_heads, size) for r in results], [0, 0]
+    mapped, axis = next((x, d) for x, d in zip(leaves, dims, strict=True) if d is not None)
+    size, axes = mapped.shape[axis], jax.tree.unflatten(tree, dims)
+    query = jax.typeof(jax.tree.unflatten(tree, leaves).query)
+    sharding = _compat.stacked_sharding(query, axes.query, jax.typeof(mapped), axis)
+    by_copy, by_row = sharding.spec[:2]
+    if maps_heads_only(axes):
+        attend = _attend_in_heads
+    elif not jax.tree.leaves(axes.kv) or (by_row is not None and by_copy is None):
+        attend = _attend_in_turn
+    else:
+        attend = _attend_in_batch
+
+    def attend_copies(*leaves: Array) -> list[Array]:
+        return attend(problem, tried, jax.tree.unflatten(tree, leaves), axes, size)
+
+    shardings = [sharding, sharding]
+    return _compat.partitioned_by_compiler(attend_copies, shardings, *leaves), [0, 0]
+
+
+def _attend_in_heads(
+    problem: AttentionProblem, tried: Any, ops: Operands, axes: Operands, size: int
+) -> list[Array]:
+    """All copies as query heads of one problem: what only they have is read with one cache."""
+    ops = fold_into_heads(ops, axes, problem.num_kv_heads, size)
+    folded = _with_dense_of(ops, replace(problem, num_heads=problem.num_heads * size))
+    return [unfold_heads(r, problem.num_kv_heads, size) for r in bind(folded, tried, ops)]
+
+
+def _attend_in_batch(
+    problem: AttentionProblem, tried: Any, ops: Operands, axes: Operands, size: int
+) -> list[Array]:
+    """All copies as rows of one problem."""
     ops = fold_into_batch(ops, axes, size)
-    folded = replace(
-        problem, batch=problem.batch * size, mask=_shape(ops.mask), bias=_shape(ops.bias)
-    )
-    results = bind(folded, tried, ops)
-    return [r.reshape(size, problem.batch, *r.shape[1:]) for r in results], [0, 0]
+    folded = _with_dense_of(ops, replace(problem, batch=problem.batch * size))
+    return [r.reshape(size, problem.batch, *r.shape[1:]) for r in bind(folded, tried, ops)]
 
 
-def _shape(array: Array | None) -> tuple[int, ...] | None:
-    return None if array is None else tuple(array.shape)
+def _attend_in_turn(
+    problem: AttentionProblem, tried: Any, ops: Operands, axes: Operands, size: int
+) -> list[Array]:
+    """One copy after another: the cache they share is not repeated, nor its sharded rows moved."""
+    del size
+    leaves, tree = jax.tree.flatten(ops)
+    dims = tree.flatten_up_to(axes)
+    own = [jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True) if d is not None]
+
+    def attend_one(own: list[Array]) -> tuple[Array, Array]:
+        given = iter(own)
+        filled = [x if d is None else next(given) for x, d in zip(leaves, dims, strict=True)]
+        return bind(problem, tried, jax.tree.unflatten(tree, filled))
+
+    return list(lax.map(attend_one, own))
+
+
+def _with_dense_of(ops: Operands, problem: AttentionProblem) -> AttentionProblem:
+    mask, bias = (None if x is None else tuple(x.shape) for x in (ops.mask, ops.bias))
+    return replace(problem, mask=mask, bias=bias)
 
 
 batching.primitive_batchers[attention_tkg_p] = _batch
@@ -165,8 +197,18 @@ def _attend_backward(
     cotangents: tuple[Array, Array],
 ) -> tuple[Operands]:
     del tried
-    ops, out, lse = residuals
-    return (attention_backward(problem, ops, out, lse, *cotangents),)
+    ops = residuals[0]
+    arrays, tree = jax.tree.flatten((*residuals, *cotangents))
+    floats = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, ops)
+    wanted, wanted_tree = jax.tree.flatten(floats)
+
+    def backward(*arrays: Array) -> list[Array]:
+        d_floats = attention_backward(problem, *jax.tree.unflatten(tree, arrays))
+        return wanted_tree.flatten_up_to(d_floats)
+
+    shardings = [jax.typeof(x).sharding for x in wanted]
+    found = _compat.partitioned_by_compiler(backward, shardings, *arrays)
+    return (jax.tree.unflatten(wanted_tree, found),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_tkg.cache.layouts import LayoutTraits
-from jax_tkg.cache.storage import CACHE_DTYPES, is_quantised
+from jax_tkg.cache.storage import CACHE_DTYPES, is_quantised, stored_dtype
 from jax_tkg.masks import PositionRule, Window
 from jax_tkg.operands import Operands
 
@@ -33,7 +33,8 @@ class AttentionProblem:
     Hv value head_dim.
 
     Attributes:
-        batch, num_tokens, kv_len, num_heads, num_kv_heads, head_dim, value_head_dim: B T S N K H Hv.
+        batch, num_tokens, kv_len, num_heads, num_kv_heads, head_dim, value_head_dim: B T S N K H
+            Hv.
         query_dtype: dtype of the query and of the output.
         kv: the cache's layout and dtypes.
         scale: factor of the logits, applied first.
@@ -147,9 +148,9 @@ def make_problem(
         value_head_dim=kv.value_head_dim,
         query_dtype=np.dtype(ops.query.dtype),
         kv=ops.kv.traits,
-        scale=_finite("scale", query[3] ** -0.5 if scale is None else scale),
+        scale=_scale(query[3] ** -0.5 if scale is None else scale),
         logits_soft_cap=_soft_cap(logits_soft_cap),
-        rule=PositionRule(causal=bool(is_causal), window=make_window(local_window_size)),
+        rule=PositionRule(causal=_causal(is_causal), window=make_window(local_window_size)),
         has_new_kv=ops.new_key is not None,
         has_lengths=ops.lengths is not None,
         has_starts=ops.starts is not None,
@@ -183,6 +184,12 @@ def _check_dtypes(ops: Operands) -> None:
     if ops.kv.dtype not in CACHE_DTYPES:
         names = ", ".join(d.name for d in CACHE_DTYPES)
         raise TypeError(f"key and value must be {names}; got {ops.kv.dtype}. Cast them first.")
+    stored = stored_dtype(ops.kv.dtype, as_bits=True)
+    if ops.kv.key.dtype not in (ops.kv.dtype, stored):
+        raise TypeError(
+            f"a layout of dtype {ops.kv.dtype.name} must hold arrays of {ops.kv.dtype.name}, or its "
+            f"bits as {stored.name}; got {ops.kv.key.dtype}. Cast them, or correct the dtype."
+        )
     for name in ("new_key", "new_value", "bias", "sinks"):
         array = getattr(ops, name)
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
@@ -199,12 +206,21 @@ def _check_dtypes(ops: Operands) -> None:
 
 
 _PUBLIC = {"lengths": "key_value_seq_lengths", "starts": "key_value_seq_starts"}
+_AXES = {
+    "lengths": "[B]",
+    "starts": "[B]",
+    "query_positions": "[B, T]",
+    "key_positions": "[B, S]",
+}
 
 
 def _check_query(ops: Operands) -> None:
     query = ops.query.shape
     if len(query) != 4:
-        raise ValueError(f"query must be [B, T, N, H], got shape {query}.")
+        raise ValueError(
+            f"query must have four dimensions [B, T, N, H], T = 1 for one new token; "
+            f"got {_describe(ops)}."
+        )
     kv, described = ops.kv.shape, _describe(ops)
     if 0 in (*query, kv.kv_len, kv.num_kv_heads, kv.value_head_dim):
         raise ValueError(f"every dimension must be at least 1; got {described}.")
@@ -224,7 +240,11 @@ def _check_query(ops: Operands) -> None:
 
 def _check_new_kv(ops: Operands) -> None:
     if (ops.new_key is None) != (ops.new_value is None):
-        raise ValueError("new_key and new_value must be given together.")
+        missing = "new_key" if ops.new_key is None else "new_value"
+        raise ValueError(
+            f"new_key and new_value must be given together; {missing} is missing. "
+            "Leave both out when the new tokens are already in the cache."
+        )
     if ops.new_key is None or ops.new_value is None:
         return
     kv, query = ops.kv.shape, ops.query.shape
@@ -239,8 +259,8 @@ def _check_new_kv(ops: Operands) -> None:
     for name, given, needed in wanted:
         if given != needed:
             raise ValueError(
-                f"{name} must be [B, T, K, H] = {needed}, one key per query token; "
-                f"got {given} ({_describe(ops)})."
+                f"{name} must be [B, T, K, H] = {needed}, one per query token and KV head; "
+                f"got {tuple(given)} ({_describe(ops)})."
             )
 
 
@@ -261,7 +281,8 @@ def _check_scales(ops: Operands) -> None:
             or scale.shape[1] != kv.num_kv_heads
         ):
             raise ValueError(
-                f"{name} must be a number or [K] = ({kv.num_kv_heads},); got shape {scale.shape}."
+                f"{name} of a layout must be [1, K] = (1, {kv.num_kv_heads}), or [B, K] = "
+                f"({kv.batch}, {kv.num_kv_heads}); got {tuple(scale.shape)} ({_describe(ops)})."
             )
 
 
@@ -278,15 +299,16 @@ def _check_rows(ops: Operands) -> None:
         array = getattr(ops, name)
         if array is not None and array.shape != shape:
             raise ValueError(
-                f"{_PUBLIC.get(name, name)} must have shape {shape}, got {array.shape} "
-                f"({_describe(ops)})."
+                f"{_PUBLIC.get(name, name)} must be {_AXES[name]} = {shape}; "
+                f"got {tuple(array.shape)} ({_describe(ops)})."
             )
     heads = ops.query.shape[2]
     if ops.sinks is not None and (
         ops.sinks.ndim != 2 or ops.sinks.shape[0] not in (1, batch) or ops.sinks.shape[1] != heads
     ):
         raise ValueError(
-            f"sinks must be one logit per query head ({heads},); got {ops.sinks.shape}."
+            f"sinks must be [N] = ({heads},), one logit per query head; "
+            f"got {tuple(ops.sinks.shape[1:])} ({_describe(ops)})."
         )
     if ops.key_positions is not None and ops.lengths is None:
         raise ValueError(
@@ -303,8 +325,8 @@ def _check_dense(name: str, array: jax.Array | None, full: Shape) -> None:
     )
     if not fits or array.shape[3] != full[3]:
         raise ValueError(
-            f"{name} must be [B or 1, N or 1, T or 1, keys] with full size {full}; "
-            f"got {tuple(array.shape)}. Keys beside the cache count, after those in it."
+            f"{name} must be [B or 1, N or 1, T or 1, keys], in full {full}; "
+            f"got {tuple(array.shape)}. New keys beside the cache count, after those in it."
         )
 
 
@@ -323,22 +345,34 @@ def check_host_integers(name: str, values: Any, most: int | None) -> None:
         raise ValueError(f"{name} must be at least 0{top}; got {array.tolist()}.")
 
 
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, jax.core.Tracer) or not math.isfinite(value):
+def _scale(value: Any) -> float:
+    if not _is_finite(value):
         raise ValueError(
-            f"{name} must be a finite Python number, got {value!r}. "
+            f"scale must be a finite Python number, got {value!r}. "
             "Multiply a traced scale into the query instead, with scale=1.0."
         )
     return float(value)
 
 
-def _soft_cap(value: float | None) -> float | None:
-    if value is None:
-        return None
-    cap = _finite("logits_soft_cap", value)
-    if cap <= 0:
-        raise ValueError(f"logits_soft_cap must be positive, got {cap}; leave it out for no cap.")
-    return cap
+def _soft_cap(value: Any) -> float | None:
+    if value is not None and not (_is_finite(value) and value > 0):
+        raise ValueError(
+            f"logits_soft_cap must be a finite positive Python number, got {value!r}. "
+            "Leave it out for no cap."
+        )
+    return None if value is None else float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer) and math.isfinite(value)
+
+
+def _causal(value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"is_causal must be a Python bool, got {value!r}. Give a traced choice as mask=."
+        )
+    return bool(value)
 
 
 def _describe(ops: Operands) -> str:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_tkg._typing import Array, Float
+from jax_tkg._typing import Array, Float, Leaf
 
 LOWEST = float(np.finfo(np.float32).min)
 HIGHEST = float(np.finfo(np.float32).max)
@@ -37,9 +37,9 @@ class SoftmaxState:
         key_axis: which axis of the logits given to `update` runs over keys.
     """
 
-    max: Array
-    sum: Array
-    output: Array
+    max: Leaf
+    sum: Leaf
+    output: Leaf
     key_axis: int = -1
 
     @classmethod

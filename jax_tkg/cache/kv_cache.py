@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jax_tkg._typing import Array, Bool, Int, Num
+from jax_tkg._typing import Array, Bool, Int, Leaf, Num
 from jax_tkg.cache.layouts import BKSH, DENSE_LAYOUTS, DenseLayout, KVLayout
 from jax_tkg.cache.storage import CACHE_DTYPES, is_quantised, prefers_bits, stored_dtype
 from jax_tkg.masks import NO_POSITION
@@ -35,8 +35,8 @@ class KVCache:
     """
 
     kv: KVLayout
-    lengths: Array
-    starts: Array
+    lengths: Leaf
+    starts: Leaf
 
     @classmethod
     def create(

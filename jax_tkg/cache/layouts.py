@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_tkg._typing import Array, Bool, Float, Int, Num
+from jax_tkg._typing import Array, Bool, Float, Int, Leaf, Num
 from jax_tkg.cache import storage
 
 _META_FIELDS = frozenset({"dtype"})
@@ -43,10 +43,10 @@ class KVLayout(abc.ABC):
         dtype: the logical dtype (see `jax_tkg.cache.storage`).
     """
 
-    key: Array
-    value: Array
-    k_scale: Array | None
-    v_scale: Array | None
+    key: Leaf
+    value: Leaf
+    k_scale: Leaf | None
+    v_scale: Leaf | None
     dtype: np.dtype
 
     name: ClassVar[str]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_tkg._typing import Array, Bool, Float, Int, Num
+from jax_tkg._typing import Array, Bool, Float, Int, Leaf, Num
 from jax_tkg.cache import storage
 from jax_tkg.cache.layouts import KVLayout, KVShape, fold_axis, fold_scale, register_layout
 
@@ -24,7 +24,7 @@ class Paged(KVLayout):
     `[B, pages_per_sequence]`, -1 for an unused entry.
     """
 
-    page_indices: Array
+    page_indices: Leaf
 
     name: ClassVar[str] = "paged"
     heads_contiguous: ClassVar[bool] = False

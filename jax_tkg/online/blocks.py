@@ -1,4 +1,4 @@
-"""The BLOCKS form: all rows at once over tiles of keys. Plain XLA that any backend can partition."""
+"""The BLOCKS form: all rows at once over tiles of keys; plain XLA that partitions."""
 
 import jax.numpy as jnp
 import numpy as np

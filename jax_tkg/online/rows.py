@@ -1,5 +1,7 @@
 """The ROWS form: one (sequence, KV head) after another, each to its own length. For XLA:CPU."""
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -24,8 +26,7 @@ def attend_rows(
     """Attention in float32 and its log-sum-exp."""
     masks = MaskTiles.create(problem, ops)
     queries = grouped_queries(ops.query.astype(jnp.float32), problem.num_kv_heads)
-    first, end = masks.live_slots()
-    first_tile, end_tile = first // plan.tile, -(-end // plan.tile)
+    tiles = TileRanges.create(masks, plan)
     sinks = None if ops.sinks is None else grouped_sinks(ops.sinks, problem)
 
     def attend_row(r: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -36,7 +37,7 @@ def attend_rows(
         state = SoftmaxState.init((problem.rows_per_head,), problem.value_head_dim, key_axis=0)
         if problem.has_new_kv:
             state = step.fold_new(state)
-        state = lax.fori_loop(first_tile[batch], end_tile[batch], step.fold_tile, state)
+        state = tiles.fold(batch, step, state)
         if sinks is not None:
             state = state.add_sink(sinks[batch if sinks.shape[0] > 1 else 0, head])
         out, lse = state.finalize()
@@ -55,6 +56,44 @@ def attend_rows(
     return ungrouped(out, problem.num_tokens), ungrouped(lse, problem.num_tokens)
 
 
+@dataclass(frozen=True)
+class TileRanges:
+    """Tiles of each row, `[B]`: first..end are live, full_first..full_end of them need no mask.
+
+    The distinction is worth a factor of two: without a mask a tile goes from memory to the dot as
+    it is, with one its values are rewritten (padding may be NaN).
+    """
+
+    first: Array
+    end: Array
+    full_first: Array
+    full_end: Array
+
+    @classmethod
+    def create(cls, masks: MaskTiles, plan: OnlinePlan) -> "TileRanges":
+        """Turns ranges of slots into ranges of tiles."""
+        (first, end), (full_first, full_end) = masks.live_slots(), masks.full_slots()
+        first, end = first // plan.tile, -(-end // plan.tile)
+        # Clipped so that first <= full_first <= full_end <= end also for rows without a live tile.
+        end = jnp.maximum(first, end)
+        full_first = jnp.clip(-(-full_first // plan.tile), first, end)
+        full_end = jnp.clip(full_end // plan.tile, full_first, end)
+        return cls(first, end, full_first, full_end)
+
+    def fold(self, batch: Array, step: "_RowStep", state: SoftmaxState) -> SoftmaxState:
+        """Folds the live tiles of one row: the full ones, then those at either end."""
+        first, full_first, full_end, end = (
+            x[batch] for x in (self.first, self.full_first, self.full_end, self.end)
+        )
+        state = lax.fori_loop(full_first, full_end, step.fold_full, state)
+        before = full_first - first
+
+        def fold_edge(i: Array, state: SoftmaxState) -> SoftmaxState:
+            return step.fold_edge(jnp.where(i < before, first + i, full_end + i - before), state)
+
+        return lax.fori_loop(0, before + end - full_end, fold_edge, state)
+
+
 class _RowStep:
     """The steps of one row: each folds some keys into the state. Logits are [keys, G * T]."""
 
@@ -71,15 +110,24 @@ class _RowStep:
         self.problem, self.ops, self.plan, self.masks = problem, ops, plan, masks
         self.query, self.batch, self.head = query, batch, head
 
-    def fold_tile(self, i: Array, state: SoftmaxState) -> SoftmaxState:
-        """Folds tile i of the cache."""
+    def fold_full(self, i: Array, state: SoftmaxState) -> SoftmaxState:
+        """Folds tile i of the cache, all of whose keys every query sees."""
+        start = i * self.plan.tile
+        return self._fold_cached(state, start, None, self.masks.bias_only(start, self.plan.tile))
+
+    def fold_edge(self, i: Array, state: SoftmaxState) -> SoftmaxState:
+        """Folds tile i of the cache under its mask."""
         fresh = i * self.plan.tile
         start = jnp.minimum(fresh, self.problem.kv_len - self.plan.tile)
-        key, value = self.ops.kv.row_tile(self.batch, self.head, start, self.plan.tile)
         seen, bias = self.masks.cached(start, self.plan.tile, fresh)
-        k_scale, v_scale = (
-            self._scale_of(scale) for scale in (self.ops.kv.k_scale, self.ops.kv.v_scale)
-        )
+        return self._fold_cached(state, start, seen, bias)
+
+    def _fold_cached(
+        self, state: SoftmaxState, start: Array, seen: Array | None, bias: Array | None
+    ) -> SoftmaxState:
+        kv = self.ops.kv
+        key, value = kv.row_tile(self.batch, self.head, start, self.plan.tile)
+        k_scale, v_scale = self._scale_of(kv.k_scale), self._scale_of(kv.v_scale)
         return self._fold(state, key, value, seen, bias, k_scale, v_scale)
 
     def fold_new(self, state: SoftmaxState) -> SoftmaxState:
@@ -98,7 +146,7 @@ class _RowStep:
         state: SoftmaxState,
         key: Array,
         value: Array,
-        seen: Array,
+        seen: Array | None,
         bias: Array | None,
         k_scale: Array | None,
         v_scale: Array | None,
@@ -111,10 +159,10 @@ class _RowStep:
             problem,
             products.reshape(-1, problem.group, problem.num_tokens),
             scale,
-            _keys_first(seen),
+            None if seen is None else _keys_first(seen),
             None if bias is None else _keys_first(bias),
         ).reshape(-1, problem.rows_per_head)
-        if problem.is_padded:
+        if seen is not None and problem.is_padded:
             value = without_unseen(value, jnp.any(seen[0, 0], axis=(0, 1)))
 
         def weigh(weights: Array) -> Array:

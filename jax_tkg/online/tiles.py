@@ -6,12 +6,13 @@ gives the same object for one KV head of one sequence.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_tkg._typing import Array, Bool, Float, Int
+from jax_tkg._typing import Array, Bool, Float, Int, Leaf
 from jax_tkg.masks import NO_POSITION, default_query_positions
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
@@ -38,13 +39,13 @@ class MaskTiles:
     """
 
     problem: AttentionProblem
-    query_positions: Int[Array, "B T"]
-    live_end: Int[Array, " B"]
-    total: Int[Array, " B"]
-    start: Int[Array, " B"]
-    key_positions: Int[Array, "B S"] | None
-    mask: Bool[Array, "..."] | None
-    bias: Float[Array, "..."] | None
+    query_positions: Leaf
+    live_end: Leaf
+    total: Leaf
+    start: Leaf
+    key_positions: Leaf | None
+    mask: Leaf | None
+    bias: Leaf | None
 
     @classmethod
     def create(cls, problem: AttentionProblem, ops: Operands) -> "MaskTiles":
@@ -85,7 +86,7 @@ class MaskTiles:
                     array = lax.dynamic_slice_in_dim(array, index, 1, axis)
             return array
 
-        picked = {
+        picked: dict[str, Any] = {
             name: pick(getattr(self, name))
             for name in ("query_positions", "live_end", "total", "start", "key_positions")
         }
@@ -142,6 +143,30 @@ class MaskTiles:
         low = jnp.min(jnp.where(live, slots, self.problem.kv_len), axis=1)
         return low, jnp.max(jnp.where(live, slots + 1, 0), axis=1)
 
+    def full_slots(self) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """A range of slots of each row that all its queries see, so that no mask is needed there.
+
+        Empty where that is not known from positions alone.
+        """
+        zero = jnp.zeros_like(self.start)
+        if self.problem.has_positions or self.mask is not None:
+            return zero, zero
+        first, end = self.problem.rule.seen_by_all(
+            self.query_positions, self.start, jnp.minimum(self.live_end, self.problem.kv_len)
+        )
+        if self.key_positions is not None:  # holes: give up on a row that has one in the range
+            slots = jnp.arange(self.problem.kv_len, dtype=jnp.int32)
+            inside = (slots >= first[:, None]) & (slots < end[:, None])
+            holed = jnp.any(inside & (self.key_positions == NO_POSITION), axis=1)
+            end = jnp.where(holed, first, end)
+        return first, end
+
+    def bias_only(self, start: Array | int, size: int) -> Float[Array, "B K G T size"] | None:
+        """The bias of slots that need no mask."""
+        if self.bias is None:
+            return None
+        return lax.dynamic_slice_in_dim(self.bias, start, size, axis=4).astype(jnp.float32)
+
     def _visible(self, positions: Array, end: Array) -> Array:
         seen = self.problem.rule.visible(
             self.query_positions[:, :, None],
@@ -154,10 +179,7 @@ class MaskTiles:
     def _with_dense(self, seen: Array, start: Array | int, size: int) -> tuple[Array, Array | None]:
         if self.mask is not None:
             seen = seen & lax.dynamic_slice_in_dim(self.mask, start, size, axis=4)
-        if self.bias is None:
-            return seen, None
-        bias = lax.dynamic_slice_in_dim(self.bias, start, size, axis=4)
-        return seen, bias.astype(jnp.float32)
+        return seen, self.bias_only(start, size)
 
 
 def _by_group(array: Array, problem: AttentionProblem) -> Array:
@@ -171,16 +193,16 @@ def adjust_logits(
     problem: AttentionProblem,
     products: Float[Array, "..."],
     scale: Array | float,
-    seen: Bool[Array, "..."],
+    seen: Bool[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "..."]:
-    """Scale, soft cap, bias, mask: in that order, in float32."""
+    """Scale, soft cap, bias, mask (None: every key is seen): in that order, in float32."""
     logits = products * scale
     if problem.logits_soft_cap is not None:
         logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
     if bias is not None:
         logits = logits + bias
-    return jnp.where(seen, logits, -jnp.inf)
+    return logits if seen is None else jnp.where(seen, logits, -jnp.inf)
 
 
 def without_unseen(values: Float[Array, "... keys Hv"], seen: Bool[Array, "... keys"]) -> Array:

@@ -1,0 +1,246 @@
+"""What every implementation must pass: one check of one case, used by the test_conformance_* files.
+
+The error budget. Against float64, an implementation may be off by at most twice what `oracle.naive`
+is off by in the same dtype, in the largest and in the root-mean-square error of a case, plus one
+unit in the last place of the largest value (the naive result may be exact by luck: one key, say).
+Output: naive in the query's dtype, and `eps(dtype) * max |v|`, as an average of values is no larger
+than they are. Log-sum-exp: naive in float32, and `eps(float32) * max(1, max |lse|)`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_tkg
+from jax_tkg.cache.layouts import DENSE_LAYOUTS
+from jax_tkg.implementations import IMPLEMENTATIONS, Implementation
+from jax_tkg.online.blocks import attend_blocks
+from jax_tkg.online.plan import Form, OnlinePlan, Target, make_plan
+from jax_tkg.online.rows import attend_rows
+from jax_tkg.operands import Operands
+from jax_tkg.problem import AttentionProblem
+from tests import oracle
+from tests.cases import Case, inputs
+from tests.oracle import Array, Inputs
+
+FACTOR = 2
+"""How many times the error of naive attention an implementation may make."""
+
+_STATIC = ("scale", "is_causal", "local_window_size", "logits_soft_cap", "rope")
+
+
+def _jitted(**options: Any) -> Any:
+    static = (*_STATIC, "return_residual", "implementation")
+    return jax.jit(jax_tkg.attention_tkg, static_argnames=static, compiler_options=options)
+
+
+run_optimised = _jitted()
+# LLVM would take most of the time of this suite; what XLA does to the program is the same.
+run_small = _jitted(xla_backend_optimization_level=0)
+
+
+def parameters(cases: Iterable[Case]) -> list[Any]:
+    """Cases for `pytest.mark.parametrize`, those of the large grid marked slow."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+        for case in cases
+    ]
+
+
+def check(case: Case, implementation: str | Implementation) -> None:
+    """Runs a case through the public op and compares it with float64.
+
+    Asserts that the implementation runs and no other, shapes and dtypes, that rows that see nothing
+    are exactly 0 and -inf, the error budgets, and the rotated keys.
+    """
+    given, expected = _expected(case)
+    arguments = jax_arguments(case, given)
+    explained = jax_tkg.explain(**arguments, implementation=implementation)
+    named = IMPLEMENTATIONS.get(implementation, implementation)  # type: ignore[call-overload]
+    assert explained.implementation == named.name
+    run = run_optimised if case.slow else run_small
+    out, lse, *keys = run(**arguments, return_residual=True, implementation=implementation)
+
+    chex.assert_shape(out, expected.out.shape)
+    chex.assert_type([out, lse], [given.query.dtype, jnp.float32])
+    out, lse = np.asarray(out).astype(np.float64), np.asarray(lse).astype(np.float64)
+    empty = expected.lse == -np.inf
+    np.testing.assert_array_equal(lse == -np.inf, empty, "rows with an LSE of -inf")
+    if given.sinks is None:
+        np.testing.assert_array_equal(out[empty], 0, "output of rows without a key")
+    chex.assert_tree_all_finite((out, lse[~empty]))
+    _within("output", out - expected.out, expected.naive_out - expected.out, expected.out_floor)
+    _within(
+        "LSE",
+        lse[~empty] - expected.lse[~empty],
+        expected.naive_lse[~empty] - expected.lse[~empty],
+        expected.lse_floor,
+    )
+    if given.rope is not None:
+        _check_rotated(given, keys[0])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Exact results of a case and how far off naive attention is."""
+
+    out: Array
+    lse: Array
+    naive_out: Array
+    naive_lse: Array
+    out_floor: float
+    lse_floor: float
+
+
+@lru_cache(maxsize=2)
+def _expected(case: Case) -> tuple[Inputs, Expected]:
+    given = inputs(case)
+    out, lse = oracle.attention(given)
+    dtype, float32 = given.query.dtype, np.dtype(np.float32)
+    naive_out, naive_lse = oracle.naive(given, dtype)
+    if dtype != float32:
+        _, naive_lse = oracle.naive(given, float32)
+    finite = np.abs(lse[lse > -np.inf])
+    return given, Expected(
+        out,
+        lse,
+        naive_out,
+        naive_lse,
+        out_floor=float(ml_dtypes.finfo(dtype).eps) * _largest_value(given),
+        lse_floor=float(np.finfo(np.float32).eps) * max(1.0, finite.max(initial=0.0)),
+    )
+
+
+def _largest_value(given: Inputs) -> float:
+    """The largest magnitude of a value that some query sees."""
+    largest = 0.0
+    for row in oracle.rows(given):
+        seen = row.seen.reshape(given.kv_heads, -1, row.seen.shape[-1]).any(axis=1).T
+        largest = max(largest, np.abs(row.value[seen]).max(initial=0.0))
+    return largest
+
+
+def _within(what: str, error: Array, naive_error: Array, floor: float) -> None:
+    measures = {"largest": lambda e: np.abs(e).max(), "RMS": lambda e: np.sqrt(np.mean(e**2))}
+    for name, measure in measures.items():
+        if error.size:
+            mine, naive = measure(error), measure(naive_error)
+            assert mine <= FACTOR * naive + floor, (
+                f"{name} error of the {what}: {mine:.3g}, naive {naive:.3g}, floor {floor:.3g}"
+            )
+
+
+def _check_rotated(given: Inputs, keys: jax.Array) -> None:
+    """Rotated once in float32, then rounded: within half a unit of each key's size, and float32's."""
+    assert given.new_key is not None
+    chex.assert_shape(keys, given.new_key.shape)
+    chex.assert_type(keys, given.new_key.dtype)
+    exact = np.stack(
+        [
+            oracle.rotated(given.rope, new.astype(np.float64), oracle.visible(given, b)[0])
+            for b, new in enumerate(given.new_key)
+        ]
+    )
+    size = np.abs(given.new_key.astype(np.float64)).max()
+    eps = float(ml_dtypes.finfo(given.new_key.dtype).eps)
+    error = np.abs(np.asarray(keys).astype(np.float64) - exact)
+    bound = np.abs(exact) * eps / 2 + 8 * size * float(np.finfo(np.float32).eps)
+    np.testing.assert_array_less(error, bound + np.finfo(np.float64).tiny)
+
+
+# From NumPy to the public op
+
+
+def jax_arguments(case: Case, given: Inputs) -> dict[str, Any]:
+    """Keyword arguments of `attention_tkg`, with keys and values held as the case says."""
+    stored = ("key", "value", "page_indices", "k_scale", "v_scale")
+    rest = {f.name: getattr(given, f.name) for f in fields(given) if f.name not in stored}
+    rest = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in rest.items()}
+    if case.holder == "arrays":
+        arrays = {n: getattr(given, n) for n in stored if getattr(given, n) is not None}
+        return rest | {n: jnp.asarray(x) for n, x in arrays.items()}
+    kv = _layout(case, given)
+    if case.holder == "layout":
+        return rest | {"key": kv}
+    lengths, starts = rest.pop("key_value_seq_lengths"), rest.pop("key_value_seq_starts")
+    beside = case.tokens if case.beside else 0
+    cache_type = jax_tkg.RingKVCache if case.positions == "ring" else jax_tkg.KVCache
+    del rest["key_positions"]
+    starts = jnp.zeros_like(lengths) if starts is None else starts
+    return rest | {"key": cache_type(kv, lengths - beside, starts)}
+
+
+def _layout(case: Case, given: Inputs) -> jax_tkg.KVLayout:
+    def as_stored(array: Array) -> jax.Array:
+        bits = np.dtype(f"uint{8 * array.itemsize}")
+        return jnp.asarray(array.view(bits) if case.as_bits else array)
+
+    def per_head(scale: Array | None) -> jax.Array | None:
+        return None if scale is None else jnp.broadcast_to(scale, (1, case.kv_heads))
+
+    scales = {"k_scale": per_head(given.k_scale), "v_scale": per_head(given.v_scale)}
+    if given.page_indices is not None:
+        key, value = as_stored(given.key), as_stored(given.value)
+        table = jnp.asarray(given.page_indices)
+        return jax_tkg.Paged(key, value, **scales, dtype=case.stored, page_indices=table)
+    layout = DENSE_LAYOUTS[case.layout]
+    key, value = (
+        as_stored(np.ascontiguousarray(array.transpose(["BSKH".index(a) for a in axes])))
+        for array, axes in ((given.key, layout.key_axes), (given.value, layout.value_axes))
+    )
+    return layout(key=key, value=value, **scales, dtype=case.stored)
+
+
+# The forms of the online softmax
+
+
+@dataclass(frozen=True)
+class InTiles:
+    """The online softmax in the form it has on some platform, run here, with the cache in `parts`.
+
+    Rows are walked one by one for "cpu", all at once for the others, with a dynamic end of the loop
+    except for "neuron".
+    """
+
+    platform: str
+    parts: int
+
+    @property
+    def name(self) -> str:
+        """Says both."""
+        return f"xla-{self.platform}-in-{self.parts}"
+
+    def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
+        """It can do every case."""
+        del problem, target
+        return None
+
+    def plan(self, problem: AttentionProblem, target: Target) -> OnlinePlan:
+        """The platform's plan with tiles of whole pages, the last one overlapping if need be."""
+        del target
+        unit = problem.kv.slot_multiple
+        tile = min(-(-problem.kv_len // (self.parts * unit)) * unit, problem.kv_len)
+        num_tiles = -(-problem.kv_len // tile)
+        return replace(
+            make_plan(problem, Target((self.platform,))),
+            form=Form.ROWS if self.platform == "cpu" else Form.BLOCKS,
+            tile=tile,
+            num_tiles=num_tiles,
+            dynamic_trips=num_tiles > 1 and self.platform != "neuron",
+        )
+
+    def run(
+        self, problem: AttentionProblem, ops: Operands, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs that plan."""
+        plan = self.plan(problem, target)
+        attend = attend_rows if plan.form is Form.ROWS else attend_blocks
+        return attend(problem, ops, plan)

@@ -1,0 +1,56 @@
+"""Test environment: CPU with several devices, strict promotion, shapes checked, no luck involved.
+
+Settings that JAX reads from the environment are made there, before its import, so that tests which
+start another Python process test under the same ones.
+"""
+
+import os
+import sys
+
+import pytest
+from hypothesis import settings
+
+HOST_DEVICES = 8
+
+if "jax_tkg" in sys.modules or "jax" in sys.modules:
+    raise pytest.UsageError("jax was imported before tests/conftest.py could configure it")
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+# Later flags win, so this one holds whatever the caller's XLA_FLAGS say.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={HOST_DEVICES}"
+)
+# A cache that outlives the run would hide compilation failures and falsify the HLO tests.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+try:
+    import beartype  # noqa: F401
+    import jaxtyping
+except ImportError as error:
+    raise pytest.UsageError(
+        f"the tests need {error.name} to check the array shapes in jax_tkg's signatures: "
+        "pip install -e '.[dev]'"
+    ) from error
+
+# From here on every function of jax_tkg checks its annotations when called. As in mypy, an int may
+# stand where a float is asked for. Self means nothing to a checker of functions outside a class.
+jaxtyping.install_import_hook(
+    "jax_tkg",
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, hint_overrides="
+    "beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any})))",
+)
+
+# Its assertions are as telling as those of the test files that run it.
+pytest.register_assert_rewrite("tests.conformance")
+
+# `pytest --hypothesis-profile=explore` looks for new counterexamples.
+settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+settings.register_profile("explore", max_examples=1000, deadline=None)
+settings.load_profile("ci")
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches the annotation checks off: for tests of what users see, who run without them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
