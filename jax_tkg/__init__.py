@@ -9,6 +9,7 @@ from jax_tkg.attention import Explanation, attention_tkg, explain
 from jax_tkg.cache.kv_cache import KVCache, RingKVCache
 from jax_tkg.cache.layouts import BKHS, BKSH, BSKH, KVLayout
 from jax_tkg.cache.paged import Paged
+from jax_tkg.cache.paged_cache import PagedKVCache
 from jax_tkg.cache.storage import absmax_scale
 from jax_tkg.generation.api import Generated, generate, stream
 from jax_tkg.implementations import IMPLEMENTATIONS, Implementation
@@ -35,6 +36,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "Paged",
+    "PagedKVCache",
     "RingKVCache",
     "RotaryEmbedding",
     "Sample",

@@ -1,7 +1,7 @@
 """Differences between JAX versions, in one place. Supported: jax 0.7.0 and later.
 
-Everything here is about types that carry more than shape and dtype: the sharding of an explicit mesh
-and the manual axes over which a value varies inside `shard_map`.
+Everything here is about types that carry more than shape and dtype: the sharding of an explicit
+mesh and the manual axes over which a value varies inside `shard_map`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ try:  # jax 0.8 and later
 except ImportError:
 
     def _vary(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        return jax.lax.pvary(array, axes)
+        return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key, Num, Shaped
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key, Num, Shaped
+        from jaxtyping import AbstractDtype, Array, Bool, Float, Int, Key, Shaped
+        from jaxtyping import Num as KnownNum
+
+        class Num(AbstractDtype):
+            """Any number; jaxtyping's own does not know Trainium's 8-bit float."""
+
+            dtypes = (*KnownNum.dtypes, "float8_e4m3")
     except ImportError:
         from jax import Array
 

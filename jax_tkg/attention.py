@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_tkg._typing import Array, Bool, Float, Int, Num
-from jax_tkg.cache.kv_cache import KVCache, Scale, head_scale
+from jax_tkg.cache.kv_cache import KVCache
 from jax_tkg.cache.layouts import BSKH, KVLayout
+from jax_tkg.cache.storage import Scale, head_scale
 from jax_tkg.implementations import Choice, Implementation, candidates, choose
 from jax_tkg.masks import default_query_positions
 from jax_tkg.online.plan import Target
@@ -221,36 +222,34 @@ def prepare(
     logits_soft_cap: float | None = None,
 ) -> Call:
     """Brings the arguments into canonical form, validates them, and rotates if asked to."""
+    query = jnp.asarray(query)
+    batch, tokens = (*query.shape, 0, 0)[:2]
+    beside = 0 if new_key is None else tokens
     rows = {
         "key_value_seq_lengths": key_value_seq_lengths,
         "key_value_seq_starts": key_value_seq_starts,
     }
     if isinstance(key, KVCache):
         _refuse_with("a KVCache", **rows, key_positions=key_positions, value=value)
-        beside = 0 if new_key is None else query.shape[1]
         rows = {
             "key_value_seq_lengths": key.lengths + beside,
             "key_value_seq_starts": key.starts,
         }
         key_positions, key = key.key_positions(), key.kv
     kv = _layout(key, value, k_scale, v_scale)
-    batch = query.shape[0] if query.ndim else 0
-    slots = kv.shape.kv_len + (0 if new_key is None else query.shape[1])
-    lengths, starts = (
-        _per_row(name, given, batch, None if key_positions is not None else slots)
-        for name, given in rows.items()
-    )
+    most = kv.shape.kv_len + beside if key_positions is None else None
+    lengths, starts = (_per_row(name, given, batch, most) for name, given in rows.items())
     ops = Operands(
-        query=jnp.asarray(query),
+        query=query,
         kv=kv,
-        new_key=new_key,
-        new_value=new_value,
+        new_key=_array(new_key),
+        new_value=_array(new_value),
         lengths=lengths,
         starts=starts,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        mask=mask,
-        bias=bias,
+        query_positions=_array(query_positions),
+        key_positions=_array(key_positions),
+        mask=_array(mask),
+        bias=_array(bias),
         sinks=None if sinks is None else jnp.asarray(sinks)[None],
     )
     problem = make_problem(
@@ -268,6 +267,7 @@ def prepare(
 def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale: Scale) -> KVLayout:
     if isinstance(key, KVLayout):
         _refuse_with("a layout or cache as key", value=value, k_scale=k_scale, v_scale=v_scale)
+        key.check()
         return key
     if value is None:
         raise ValueError(
@@ -283,6 +283,10 @@ def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale:
         k_scale=None if k_scale is None else head_scale(k_scale, dtype, heads, "k_scale"),
         v_scale=None if v_scale is None else head_scale(v_scale, dtype, heads, "v_scale"),
     )
+
+
+def _array(given: Array | None) -> Array | None:
+    return None if given is None else jnp.asarray(given)
 
 
 def _refuse_with(what: str, **given: Any) -> None:
@@ -315,6 +319,3 @@ def _rotated(ops: Operands, rope: RotaryEmbedding) -> Operands:
             total = jnp.full(ops.query.shape[0], ops.kv.shape.kv_len + tokens, jnp.int32)
         positions = default_query_positions(total, tokens)
     return replace(ops, query=rope(ops.query, positions), new_key=rope(ops.new_key, positions))
-
-
-_prepare = prepare

@@ -62,7 +62,8 @@ _HEAD_AXIS = {"query": 2, "mask": 1, "bias": 1, "sinks": 1}
 
 def maps_heads_only(axes: Operands) -> bool:
     """Whether vmap maps nothing but what a query head has of its own."""
-    return not jax.tree.leaves(replace(axes, **dict.fromkeys(_HEAD_AXIS)))
+    others: dict[str, Any] = dict.fromkeys(_HEAD_AXIS)
+    return not jax.tree.leaves(replace(axes, **others))
 
 
 def fold_into_batch(ops: Operands, axes: Operands, size: int) -> Operands:
@@ -103,7 +104,8 @@ def fold_into_heads(ops: Operands, axes: Operands, num_kv_heads: int, size: int)
         by_kv_head = jnp.moveaxis(by_kv_head, head_axis, head_axis + 1)
         return by_kv_head.reshape(*before, heads * size, *after)
 
-    return replace(ops, **{name: fold(name, axis) for name, axis in _HEAD_AXIS.items()})
+    folded: dict[str, Any] = {name: fold(name, axis) for name, axis in _HEAD_AXIS.items()}
+    return replace(ops, **folded)
 
 
 def unfold_heads(result: Array, num_kv_heads: int, copies: int) -> Array:

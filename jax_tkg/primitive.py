@@ -1,4 +1,4 @@
-"""The op as a JAX primitive: abstract evaluation, lowering, batching, differentiation; in that order.
+"""The op as a JAX primitive: abstract evaluation, lowering, batching, differentiation, in order.
 
 A primitive, so that the implementation is chosen when the platform is known (lowering) and only its
 code is traced, and so that vmap folds into the batch instead of batching a loop.
@@ -140,7 +140,7 @@ def _attend_in_turn(
     """One copy after another: the cache they share is not repeated, nor its sharded rows moved."""
     del size
     leaves, tree = jax.tree.flatten(ops)
-    dims = tree.flatten_up_to(axes)
+    dims = tree.flatten_up_to(axes)  # type: ignore[attr-defined]
     own = [jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True) if d is not None]
 
     def attend_one(own: list[Array]) -> tuple[Array, Array]:
@@ -204,7 +204,7 @@ def _attend_backward(
 
     def backward(*arrays: Array) -> list[Array]:
         d_floats = attention_backward(problem, *jax.tree.unflatten(tree, arrays))
-        return wanted_tree.flatten_up_to(d_floats)
+        return wanted_tree.flatten_up_to(d_floats)  # type: ignore[attr-defined]
 
     shardings = [jax.typeof(x).sharding for x in wanted]
     found = _compat.partitioned_by_compiler(backward, shardings, *arrays)

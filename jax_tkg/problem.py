@@ -43,6 +43,7 @@ class AttentionProblem:
         has_new_kv: the new keys and values come beside the cache.
         has_lengths, has_starts: rows have their own valid range.
         has_positions: slots of the cache hold tokens at given positions.
+        has_query_positions: the new tokens sit at given positions.
         mask, bias: shapes of a dense mask and bias, or None.
         has_sinks: each head has a sink logit.
     """
@@ -63,6 +64,7 @@ class AttentionProblem:
     has_lengths: bool
     has_starts: bool
     has_positions: bool
+    has_query_positions: bool
     mask: Shape | None
     bias: Shape | None
     has_sinks: bool
@@ -84,6 +86,7 @@ class AttentionProblem:
             self.has_lengths
             or self.has_starts
             or self.has_positions
+            or (self.has_query_positions and self.rule.causal)
             or self.mask is not None
             or self.kv.has_holes
             or self.rule.window is not None
@@ -103,6 +106,7 @@ class AttentionProblem:
             "lengths": self.has_lengths,
             "starts": self.has_starts,
             "positions": self.has_positions,
+            "query positions": self.has_query_positions,
             "new keys beside": self.has_new_kv,
             "mask": self.mask is not None,
             "bias": self.bias is not None,
@@ -155,6 +159,7 @@ def make_problem(
         has_lengths=ops.lengths is not None,
         has_starts=ops.starts is not None,
         has_positions=ops.key_positions is not None,
+        has_query_positions=ops.query_positions is not None,
         mask=None if ops.mask is None else tuple(ops.mask.shape),
         bias=None if ops.bias is None else tuple(ops.bias.shape),
         has_sinks=ops.sinks is not None,
@@ -187,8 +192,8 @@ def _check_dtypes(ops: Operands) -> None:
     stored = stored_dtype(ops.kv.dtype, as_bits=True)
     if ops.kv.key.dtype not in (ops.kv.dtype, stored):
         raise TypeError(
-            f"a layout of dtype {ops.kv.dtype.name} must hold arrays of {ops.kv.dtype.name}, or its "
-            f"bits as {stored.name}; got {ops.kv.key.dtype}. Cast them, or correct the dtype."
+            f"a layout of dtype {ops.kv.dtype.name} must hold arrays of {ops.kv.dtype.name}, or "
+            f"its bits as {stored.name}; got {ops.kv.key.dtype}. Cast them, or correct the dtype."
         )
     for name in ("new_key", "new_value", "bias", "sinks"):
         array = getattr(ops, name)

@@ -43,8 +43,8 @@ class Case:
 
     Attributes:
         name: unique; also the seed.
-        batch, tokens, slots, heads, kv_heads, head_dim: B, T, S, N, K, H. With pages, S is rounded up
-            to whole ones.
+        batch, tokens, slots, heads, kv_heads, head_dim: B, T, S, N, K, H. With pages, S is rounded
+            up to whole ones.
         value_head_dim: Hv, None for H.
         query_dtype, cache_dtype: by name; the cache's is None for the query's.
         scales: None, "tensor" or "head"; for 8-bit caches.
@@ -52,10 +52,12 @@ class Case:
         holder: "arrays" (BSKH only), "layout", or "cache" (a KVCache, a RingKVCache for "ring").
         as_bits: the cache keeps raw bits.
         page_len: slots of a page, if paged.
-        rows: which keys are live. "all"; "lengths" per row; "starts" as well; "starts only"; "empty":
-            a row of no token, and one with fewer than T; "mask": as "lengths", said by a dense mask.
+        rows: which keys are live. "all"; "lengths" per row; "starts" as well; "starts only";
+            "empty": a row of no token, and one with fewer than T; "mask": as "lengths", said by a
+            dense mask.
         longest: tokens of the longest row; None for all that fit. A short context in a long bucket.
-        positions: "slots"; "given" queries somewhere in the row; "ring": token p is in slot p mod S.
+        positions: "slots"; "given" queries somewhere in the row; "ring": token p is in slot p mod
+            S.
         beside: the new keys are not yet in the cache.
         mask, bias: None, "full" `[B, N, T, S']` or "shared" `[1, 1, T, S']`; bias also "alibi".
         sinks, cap, window, causal, scale, rope: as in `attention_tkg`.
@@ -138,9 +140,10 @@ BY_HAND = (
     Case("max-flat", slots=1500, growth=1.0, peak=0.02),
     # Pages.
     *(
-        Case(f"page{n}", slots=600, layout="paged", page_len=n, tokens=2, as_bits=n > 32)
+        Case(f"page{n}", slots=600, layout="paged", page_len=n, tokens=2)
         for n in (8, 16, 32, 64, 128, 256)
     ),
+    Case("page-bits", slots=600, layout="paged", page_len=16, cache_dtype="bfloat16", as_bits=True),
     Case("page-one", slots=8, layout="paged", page_len=8, rows="all"),
     # What the rows see.
     Case("ring", slots=33, positions="ring", holder="cache", window=(20, 0), tokens=3),
@@ -249,18 +252,19 @@ def _from_options(number: int, options: dict[str, Any]) -> Case:
 GRID_FILE = Path(__file__).parent / "grid" / "tkg-grid.csv"
 
 QUICK_SLOTS = 4 * 10240
-"""Rows of the grid with more than so many slots in all (batch times cache) are slow ones here, too."""
+"""Rows of the grid with more than so many slots in all (batch times cache) are slow ones here,
+too."""
 
 
 def _grid() -> tuple[Case, ...]:
     """The configurations that AWS tests its public decode-attention kernel with.
 
     Columns: `group` fast or slow. `batch` B; `q_heads` query heads of one KV head (so K is 1);
-    `s_active` T, always beside the cache; `s_prior` live bucket, the longest row; `s_prior_full` size
-    of the cache; `d_head` H; `block_len` page length, 0 if contiguous; `k_layout` s_d for keys
-    [S, H], d_s for transposed ones; `mask_from_positions` 1 if the live range is given as lengths, 0
-    if as a dense mask; `fused_rope`; `sink`; `fp8_kv` an e4m3 cache (the IEEE one, which Trainium has)
-    with one scale; `sliding_window` in keys, the query's own included; `dtype` of the rest.
+    `s_active` T, always beside the cache; `s_prior` live bucket, the longest row; `s_prior_full`
+    size of the cache; `d_head` H; `block_len` page length, 0 if contiguous; `k_layout` s_d for keys
+    [S, H], d_s for transposed ones; `mask_from_positions` 1 if the live range is given as lengths,
+    0 if as a dense mask; `fused_rope`; `sink`; `fp8_kv` an e4m3 cache (the IEEE one, which Trainium
+    has) with one scale; `sliding_window` in keys, the query's own included; `dtype` of the rest.
     """
     with GRID_FILE.open(newline="") as file:
         return tuple(_from_grid(i, row) for i, row in enumerate(csv.DictReader(file)))

@@ -7,6 +7,7 @@ of the error budget: attention as one would write it in three lines, all in one 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,27 +83,48 @@ class Row:
     bias: Array
 
 
-def attention(inputs: Inputs) -> tuple[Array, Array]:
-    """Output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`, float64."""
-    results = [_row_attention(inputs, row) for row in rows(inputs)]
-    return np.stack([out for out, _ in results]), np.stack([lse for _, lse in results])
+class Exact(NamedTuple):
+    """Attention in float64, and what its rounding errors scale with.
+
+    Attributes:
+        out: `[B, T, N, Hv]`.
+        lse: `[B, T, N]`.
+        logit: `[B, T, N]`, average magnitude of a query's logits under its attention weights. One
+            rounding of every logit moves the LSE by up to `eps / 2 * logit`.
+        value: `[B, T, N]`, the largest magnitude among the values that a query sees.
+    """
+
+    out: Array
+    lse: Array
+    logit: Array
+    value: Array
 
 
-def _row_attention(inputs: Inputs, row: Row) -> tuple[Array, Array]:
+def attention(inputs: Inputs) -> Exact:
+    """The results for all sequences."""
+    return Exact(
+        *map(np.stack, zip(*(_row_attention(inputs, r) for r in rows(inputs)), strict=True))
+    )
+
+
+def _row_attention(inputs: Inputs, row: Row) -> Exact:
     tokens, heads, _ = row.query.shape
     group = heads // inputs.kv_heads
     out = np.zeros((tokens, heads, row.value.shape[-1]))
     lse = np.full((tokens, heads), -np.inf)
+    size, largest = np.zeros((2, tokens, heads))
     for n in range(heads):
         sharing = slice(n - n % group, n - n % group + group)
         used = np.flatnonzero(row.seen[sharing].any(axis=(0, 1)))  # the others may hold NaN
         key, value = row.key[used, n // group], row.value[used, n // group]
         for t in range(tokens):
-            logits = key @ row.query[t, n] * inputs.logit_scale
+            seen, bias = row.seen[n, t, used], row.bias[n, t, used]
+            scaled = key @ row.query[t, n] * inputs.logit_scale
+            logits = scaled
             if inputs.logits_soft_cap is not None:
                 cap = inputs.logits_soft_cap
-                logits = cap * np.tanh(logits / cap)
-            logits = np.where(row.seen[n, t, used], logits + row.bias[n, t, used], -np.inf)
+                logits = cap * np.tanh(scaled / cap)
+            logits = np.where(seen, logits + bias, -np.inf)
             sink = -np.inf if inputs.sinks is None else float(inputs.sinks[n])
             top = max(logits.max(initial=-np.inf), sink)
             if top > -np.inf:
@@ -110,13 +132,17 @@ def _row_attention(inputs: Inputs, row: Row) -> tuple[Array, Array]:
                 total = weights.sum() + np.exp(sink - top)
                 out[t, n] = weights @ value / total
                 lse[t, n] = top + np.log(total)
-    return out, lse
+                counts = weights > 0
+                sizes = np.abs(scaled[counts]) + np.abs(bias[counts])
+                size[t, n] = weights[counts] @ sizes / total
+                largest[t, n] = np.abs(value[seen]).max(initial=0.0)
+    return Exact(out, lse, size, largest)
 
 
 def rows(inputs: Inputs, *, round_rotated: bool = False) -> Iterator[Row]:
     """Each sequence; with `round_rotated`, rotated arrays are rounded to the dtype they came in."""
     for b in range(inputs.query.shape[0]):
-        query_at, key_at, seen = visible(inputs, b)
+        query_at, _, seen = visible(inputs, b)
         key = _cached(inputs, inputs.key, inputs.k_scale, b)
         value = _cached(inputs, inputs.value, inputs.v_scale, b)
         query = inputs.query[b].astype(np.float64)

@@ -3,7 +3,7 @@
 import pytest
 
 from jax_tkg.implementations import Implementation
-from tests.cases import BY_HAND, CASES, GRID, Case
+from tests.cases import CASES, GRID, Case
 from tests.conformance import InTiles, check, parameters
 
 FORMS = [InTiles("cpu", 3), InTiles("tpu", 1), InTiles("tpu", 5), InTiles("neuron", 3)]

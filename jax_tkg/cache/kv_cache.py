@@ -5,10 +5,9 @@ the carry of a scan, the update happens in place. Append first, then attend: rea
 before the write would force a copy.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,8 @@ import numpy.typing as npt
 
 from jax_tkg._typing import Array, Bool, Int, Leaf, Num
 from jax_tkg.cache.layouts import BKSH, DENSE_LAYOUTS, DenseLayout, KVLayout
-from jax_tkg.cache.storage import CACHE_DTYPES, is_quantised, prefers_bits, stored_dtype
+from jax_tkg.cache.storage import CACHE_DTYPES, Scale, cpu_needs_bits, head_scale, stored_dtype
 from jax_tkg.masks import NO_POSITION
-
-Scale = Array | npt.ArrayLike | None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kv", "lengths", "starts"], meta_fields=[])
@@ -65,14 +62,15 @@ class KVCache:
             layout: "BKSH" (the fastest on CPU), "BSKH" or "BKHS", or the class.
             k_scale: for 8-bit types, float32 `[]` or `[K]`: a key is `stored * k_scale`.
             v_scale: likewise for values.
-            as_bits: keep bfloat16, float16 and 8-bit floats as raw bits; by default on CPU only.
+            as_bits: keep bfloat16, float16 and 8-bit floats as raw bits; by default on CPU, where
+                it decides the speed, and for float16 nowhere.
 
         Raises:
             ValueError: for an unknown layout, or a scale that does not fit.
             TypeError: for a dtype a cache cannot have.
         """
         layout_cls = dense_layout(layout)
-        logical, stored = _dtypes(dtype, as_bits)
+        logical, stored = cache_dtypes(dtype, as_bits)
         sizes = {"B": batch, "S": capacity, "K": num_kv_heads, "H": head_dim}
         value_sizes = sizes | {"H": head_dim if value_head_dim is None else value_head_dim}
         kv = layout_cls(
@@ -90,7 +88,7 @@ class KVCache:
         return self.kv.shape.kv_len
 
     def key_positions(self) -> Int[Array, "B S"] | None:
-        """The position of the token in each slot, -1 for none; None when slot s holds position s."""
+        """The position of the token in each slot, -1 for none; None if slots are positions."""
         return None
 
     def append(
@@ -104,7 +102,7 @@ class KVCache:
         Args:
             key: new keys `[B, T, K, H]`, any float dtype; rounded to the cache's.
             value: new values `[B, T, K, Hv]`.
-            counts: int32 `[B]`, how many of the T tokens of each row are real (the first ones); by
+            counts: int `[B]`, how many of the T tokens of each row are real (the first ones); by
                 default all. The rest are not written.
 
         Tokens past the capacity are dropped; `overflowed` tells which rows lost some.
@@ -113,11 +111,12 @@ class KVCache:
             ValueError: if the shapes do not fit the cache, or T is larger than its capacity.
         """
         counts = self._check_append(key, value, counts)
-        tokens = key.shape[1]
-        keep = jnp.arange(tokens, dtype=jnp.int32) < counts[:, None]
-        return replace(
-            self, kv=self.kv.write(key, value, self.lengths, keep), lengths=self.lengths + counts
-        )
+        if key.shape[1] > self.capacity:
+            raise ValueError(
+                f"cannot append {key.shape[1]} tokens to a cache of {self.capacity} slots a row: "
+                "give it more, or use a RingKVCache to keep the last ones."
+            )
+        return self._write(key, value, counts)
 
     def prefill(
         self,
@@ -131,7 +130,8 @@ class KVCache:
         Args:
             key: keys `[B, T, K, H]`.
             value: values `[B, T, K, Hv]`.
-            lengths: int32 `[B]`, tokens of each row up to its last real one (right padding follows).
+            lengths: int32 `[B]`, tokens of each row up to its last real one (right padding
+                follows).
             starts: int32 `[B]`, left padding before each row's first real token.
         """
         empty = replace(
@@ -152,11 +152,16 @@ class KVCache:
 
     def truncate(self, lengths: Int[Array, " B"]) -> Self:
         """Forgets the tokens from position `lengths` on: rejected speculative tokens."""
-        return replace(self, lengths=jnp.minimum(self.lengths, lengths.astype(jnp.int32)))
+        return replace(self, lengths=jnp.clip(lengths.astype(jnp.int32), 0, self.lengths))
 
     def overflowed(self) -> Bool[Array, " B"]:
         """Rows that were given more tokens than they can hold."""
         return self.lengths > self.capacity
+
+    def _write(self, key: Array, value: Array, counts: Array) -> Self:
+        keep = jnp.arange(key.shape[1], dtype=jnp.int32) < counts[:, None]
+        kv = self.kv.write(key, value, self.lengths, keep)
+        return replace(self, kv=kv, lengths=self.lengths + counts)
 
     def _check_append(self, key: Array, value: Array, counts: Array | None) -> Array:
         shape = self.kv.shape
@@ -181,7 +186,7 @@ class KVCache:
                 f"counts must be integers of shape ({shape.batch},), the real tokens of each row; "
                 f"got {counts.dtype} {tuple(counts.shape)}."
             )
-        return jnp.minimum(counts.astype(jnp.int32), key.shape[1])
+        return jnp.clip(counts.astype(jnp.int32), 0, key.shape[1])
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kv", "lengths", "starts"], meta_fields=[])
@@ -223,6 +228,14 @@ class RingKVCache(KVCache):
             kv = kv.write(key, value, slots - self.capacity, keep)
         return replace(self, kv=kv, lengths=self.lengths + counts)
 
+    def truncate(self, lengths: Int[Array, " B"]) -> Self:
+        """Forgets the tokens from position `lengths` on, as `KVCache.truncate`.
+
+        The slots they took held older tokens, which do not come back: `starts` moves past those.
+        """
+        starts = jnp.maximum(self.starts, self.lengths - self.capacity)
+        return replace(super().truncate(lengths), starts=starts)
+
     def overflowed(self) -> Bool[Array, " B"]:
         """Never: a ring forgets its oldest tokens by design."""
         return jnp.zeros_like(self.lengths, bool)
@@ -241,30 +254,16 @@ def dense_layout(layout: str | type[DenseLayout]) -> type[DenseLayout]:
     return layout
 
 
-def head_scale(scale: Scale, dtype: np.dtype, num_kv_heads: int, name: str) -> Array | None:
-    """A scale given as a number or `[K]`, as float32 `[1, K]`; 1 for an 8-bit type without one.
+def cache_dtypes(dtype: npt.DTypeLike, as_bits: bool | None) -> tuple[np.dtype, np.dtype]:
+    """The logical and the stored dtype of a new cache.
 
     Raises:
-        ValueError: if it has another shape, or the dtype has no scale.
+        TypeError: for a dtype a cache cannot have.
     """
-    if not is_quantised(dtype):
-        if scale is not None:
-            raise ValueError(
-                f"{name} is for int8 and 8-bit float caches; this one is {dtype.name}. Drop it."
-            )
-        return None
-    array = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
-    if array.shape not in ((), (1,), (num_kv_heads,)):
-        raise ValueError(
-            f"{name} must be a number or one per KV head ({num_kv_heads},); got {array.shape}."
-        )
-    return jnp.broadcast_to(array, (1, num_kv_heads))
-
-
-def _dtypes(dtype: npt.DTypeLike, as_bits: bool | None) -> tuple[np.dtype, np.dtype]:
     logical = np.dtype(dtype)
     if logical not in CACHE_DTYPES:
-        names: Sequence[Any] = [d.name for d in CACHE_DTYPES]
-        raise TypeError(f"a cache can hold {', '.join(names)}; not {logical.name}.")
-    as_bits = prefers_bits() if as_bits is None else as_bits
+        names = ", ".join(d.name for d in CACHE_DTYPES)
+        raise TypeError(f"a cache can hold {names}; not {logical.name}.")
+    if as_bits is None:
+        as_bits = jax.default_backend() == "cpu" and cpu_needs_bits(logical)
     return logical, stored_dtype(logical, as_bits=as_bits)

@@ -1,18 +1,26 @@
-"""The paged layout: a pool of pages shared by all sequences, and a table that says whose is which."""
+"""The paged layout: a pool of pages that all sequences share, and a table of whose is which."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jax_tkg._typing import Array, Bool, Float, Int, Leaf, Num
 from jax_tkg.cache import storage
+from jax_tkg.cache.axes import slice_in_loop
 from jax_tkg.cache.layouts import KVLayout, KVShape, fold_axis, fold_scale, register_layout
 
 NO_PAGE = -1
 """An entry of `page_indices` behind which there is no page; its slots are never seen."""
+
+UNROLLED_PAGES = 4
+"""A tile of up to this many pages is read without a loop. Measured on XLA:CPU (S=8192, H=64 and
+128, 1 to 8 heads, float32 and bfloat16 bits): a loop of copies takes 0.5 to 0.95 of the time of a
+gather, which goes element by element; unrolled it takes 0.75 to 0.95 of the loop for up to 4 pages,
+and as much or more from 8 to 16 on."""
 
 
 @register_layout
@@ -28,6 +36,7 @@ class Paged(KVLayout):
 
     name: ClassVar[str] = "paged"
     heads_contiguous: ClassVar[bool] = False
+    has_holes: ClassVar[bool] = True
 
     @property
     def page_len(self) -> int:
@@ -60,18 +69,23 @@ class Paged(KVLayout):
         )
 
     def _gather_head(self, pool: Array, pages: Array, head: Array) -> Array:
-        """Copies pages one after another: XLA:CPU's gather works element by element."""
+        """The slots of some pages one after another, `[len(pages) * L, H]`."""
         _, _, page_len, width = pool.shape
-        zero = jnp.zeros((), jnp.int32)
+        count = pages.shape[0]
         pages = jnp.maximum(pages, 0).astype(jnp.int32)
         head = head.astype(jnp.int32)
 
-        def copy(i: Array, tile: Array) -> Array:
-            page = lax.dynamic_slice(pool, (pages[i], head, zero, zero), (1, 1, page_len, width))
-            return lax.dynamic_update_slice(tile, page[0, 0], (i * page_len, zero))
+        def read(i: Array | int) -> Array:
+            return slice_in_loop(pool, "PKLH", {"P": (pages[i], 1), "K": (head, 1)})[0, 0]
 
-        stored = jnp.zeros((pages.shape[0] * page_len, width), pool.dtype)
-        stored = lax.fori_loop(0, pages.shape[0], copy, stored)
+        def copy(i: Array, tile: Array) -> Array:
+            return lax.dynamic_update_slice(tile, read(i), (i * page_len, jnp.int32(0)))
+
+        if count <= UNROLLED_PAGES:
+            stored = jnp.concatenate([read(i) for i in range(count)])
+        else:
+            tile = jnp.zeros((count * page_len, width), jax.eval_shape(read, 0).dtype)
+            stored = lax.fori_loop(0, count, copy, tile)
         return storage.decode(stored, self.dtype, np.dtype(np.float32))
 
     def block(
@@ -121,7 +135,10 @@ class Paged(KVLayout):
         slots: Int[Array, " B"],
         keep: Bool[Array, "B T"],
     ) -> Self:
-        """See `KVLayout.write`: one in-place update per token; no page means dropped."""
+        """See `KVLayout.write`: one in-place update per token, dropped where there is no page.
+
+        A page that two rows share must not be written; `PagedKVCache` sees to that.
+        """
         new_key, new_value = self.encode(key, value)
         batch, num_tokens = keep.shape
         num_slots = self.shape.kv_len

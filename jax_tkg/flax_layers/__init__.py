@@ -4,9 +4,9 @@
 `AttentionFn` plugs into the `MultiHeadAttention` of Flax itself.
 """
 
-from jax_tkg.flax_layers.attention_fn import AttentionFn, attention_fn
 from jax_tkg.flax_layers.config import AttentionConfig
 from jax_tkg.flax_layers.decoder import DecoderConfig, DecoderLayer, LlamaDecoder
+from jax_tkg.flax_layers.drop_in import AttentionFn, attention_fn
 from jax_tkg.flax_layers.from_gguf import decoder_from_gguf
 from jax_tkg.flax_layers.linen_attention import LinenAttention, LinenRMSNorm
 from jax_tkg.flax_layers.nnx_attention import Attention, RMSNorm

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy.typing as npt
 
-from jax_tkg.cache.kv_cache import KVCache, RingKVCache, Scale
+from jax_tkg.cache.kv_cache import KVCache, RingKVCache
 from jax_tkg.cache.layouts import BKSH, DenseLayout
+from jax_tkg.cache.storage import Scale
 from jax_tkg.implementations import Implementation
 from jax_tkg.rope import RotaryEmbedding
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_tkg._typing import Array, Key
@@ -193,8 +192,7 @@ class _Run:
         )
         logits, caches = prefill(self.model, caches, self.prompts.chunks(self.prefill_chunk))
         state = DecodeState.start(caches, logits, self.key, policy=self.policy)
-        # A copy: a buffer that NumPy looks into cannot be donated to the next call.
-        yield np.asarray(jnp.copy(state.tokens))
+        yield np.asarray(state.tokens)
         while True:
             block, state = decode(
                 self.model, state, self.key, policy=self.policy, num_steps=self.steps_per_call

@@ -42,6 +42,7 @@ def show(
     tokens: Iterable[np.ndarray],
     decode: Callable[[int], str],
     *,
+    before: str = "",
     console: Console | None = None,
 ) -> tuple[list[int], Speed]:
     """Prints a text while it is generated.
@@ -53,6 +54,7 @@ def show(
         tokens: from `jax_tkg.stream` with one prompt: int `[1]` each.
         decode: the text that a token adds, possibly empty, for example
             `Tokenizer.stream().push`.
+        before: text to print first, such as the prompt.
         console: where to print; by default standard output.
 
     Returns:
@@ -65,6 +67,7 @@ def show(
     ids: list[int] = []
     begin, first, now = time.perf_counter(), 0.0, 0.0
     with _Page(console) as page:
+        page.add(before)
         for token in tokens:
             if token.shape != (1,):
                 raise ValueError(f"show prints one row, got tokens of shape {token.shape}.")
@@ -89,7 +92,7 @@ class _Page:
             self._live.start()
         return self
 
-    def add(self, piece: str, speed: Speed) -> None:
+    def add(self, piece: str, speed: Speed | None = None) -> None:
         self._speed = speed
         if self._live is None:
             self._console.file.write(piece)
@@ -104,7 +107,7 @@ class _Page:
 
     def _draw(self) -> None:
         assert self._live is not None
-        status = Text(str(self._speed), style="dim")
+        status = Text("" if self._speed is None else str(self._speed), style="dim")
         self._live.update(Group(Text(self._open_text), status), refresh=True)
 
     def __exit__(self, *_: object) -> None:

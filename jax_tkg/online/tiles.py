@@ -94,7 +94,7 @@ class MaskTiles:
 
     def cached(
         self, start: Array | int, size: int, fresh_from: Array | int
-    ) -> tuple[Bool[Array, "B K G T size"], Float[Array, "B K G T size"] | None]:
+    ) -> tuple[Bool[Array, "#B #K #G #T size"], Float[Array, "#B #K #G #T size"] | None]:
         """Seen keys and bias of `size` cache slots from `start`.
 
         Slots before `fresh_from` were in an earlier tile and are not seen again.
@@ -109,14 +109,14 @@ class MaskTiles:
             seen &= slots >= fresh_from
         return self._with_dense(seen, start, size)
 
-    def beside(self) -> tuple[Bool[Array, "B K G T T2"], Float[Array, "B K G T T2"] | None]:
+    def beside(self) -> tuple[Bool[Array, "#B #K #G #T T2"], Float[Array, "#B #K #G #T T2"] | None]:
         """Seen keys and bias of the new keys beside the cache."""
         seen = self._visible(self.query_positions, self.total[:, None])
         return self._with_dense(seen, self.problem.kv_len, self.problem.num_tokens)
 
     def everything(
         self, start: Array, size: int, fresh_from: Array
-    ) -> tuple[Bool[Array, "B K G T size"], Float[Array, "B K G T size"] | None]:
+    ) -> tuple[Bool[Array, "#B #K #G #T size"], Float[Array, "#B #K #G #T size"] | None]:
         """As `cached`, over the cache followed by the new keys beside it."""
         slots = jnp.arange(size, dtype=jnp.int32) + start
         kv_len = self.problem.kv_len
@@ -161,7 +161,7 @@ class MaskTiles:
             end = jnp.where(holed, first, end)
         return first, end
 
-    def bias_only(self, start: Array | int, size: int) -> Float[Array, "B K G T size"] | None:
+    def bias_only(self, start: Array | int, size: int) -> Float[Array, "#B #K #G #T size"] | None:
         """The bias of slots that need no mask."""
         if self.bias is None:
             return None

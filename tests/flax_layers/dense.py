@@ -1,7 +1,7 @@
 """The layers as their definition says: one sequence at a time, no cache, all scores at once.
 
-`np` is NumPy for float64 results, or `jax.numpy` to differentiate. Nothing of jax_tkg computes here;
-parameters are nested dicts, as in the modules.
+`np` is NumPy for float64 results, or `jax.numpy` to differentiate. Nothing of jax_tkg computes
+here; parameters are nested dicts, as in the modules.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The attention layer against its dense definition: every option, every way of feeding it tokens."""
+"""The attention layer against its dense definition: every option, every way to feed it tokens."""
 
 import dataclasses
 import functools
@@ -98,7 +98,7 @@ def test_layer_is_its_definition(config):
     assert cache.lengths.tolist() == [LENGTH] * BATCH
 
 
-@pytest.mark.parametrize("name", OPTIONS.keys() - {"none", "reference"})
+@pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("none", "reference")])
 def test_every_option_matters(name):
     # If an option made no difference here, the test above could not tell whether it works.
     x, base, other = inputs(), make_layer(BASE), make_layer(CONFIGS[name])
@@ -144,11 +144,10 @@ def test_initialisers_and_dtypes(module):
     assert (parameters["q_norm"]["scale"] == 1).all()
 
 
-@pytest.mark.parametrize("chunk", [1, LENGTH])
-def test_bfloat16_within_twice_the_error_of_naive(chunk):
+def test_bfloat16_within_twice_the_error_of_naive():
     layer = make_layer(ALL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     x = inputs().astype(jnp.bfloat16)
-    out, _ = feed(layer, x, chunk, ALL.init_cache(BATCH, CAPACITY, dtype=jnp.bfloat16))
+    out, _ = feed(layer, x, 1, ALL.init_cache(BATCH, CAPACITY, dtype=jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     exact = definition(layer, x)
     parameters = parameters_of(layer)
@@ -169,7 +168,7 @@ def test_chunks_do_not_matter():
         chex.assert_trees_all_close(in_chunks, whole, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(("layout", "ring"), [("BKSH", False), ("BSKH", True), ("BKHS", True)])
+@pytest.mark.parametrize(("layout", "ring"), [("BKSH", False), ("BSKH", True)])
 def test_ragged_chunks(layout, ring):
     layer, x = make_layer(ALL), inputs(20)
     exact = definition(layer, x)

@@ -66,11 +66,23 @@ def test_decoder_is_its_definition(config):
 
 
 def test_random_weights():
-    decoder = LlamaDecoder(UNTIED, dtype=jnp.bfloat16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
-    leaves = jax.tree.leaves(parameters_of(decoder))
+    @jax.jit
+    def initial():
+        decoder = LlamaDecoder(UNTIED, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+        return parameters_of(decoder)
+
+    leaves = jax.tree.leaves(initial())
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float16)}
     assert all(jnp.any(leaf != 0) for leaf in leaves)
-    assert decoder.layers[1].gate(jnp.ones((1, 1, 16))).dtype == jnp.bfloat16
+
+
+def test_dtype_of_the_computation():
+    decoder = make_decoder(TIED, jnp.bfloat16)
+    layer, (cache, _) = decoder.layers[0], decoder.init_caches(1, 1)
+    out, _ = jax.eval_shape(layer, jnp.ones((1, 1, 16), jnp.bfloat16), cache, None)
+    assert out.dtype == jnp.bfloat16
+    logits, _ = jax.eval_shape(decoder, jnp.zeros((1, 1), jnp.int32), (cache, cache))
+    assert logits.dtype == jnp.float32
 
 
 def test_a_window_is_of_its_layer():
@@ -122,9 +134,9 @@ def test_next_token_logits_in_a_scan():
 
 def test_tokens_outside_the_vocabulary_are_the_nearest():
     decoder = make_decoder(TIED)
-    caches = decoder.init_caches(BATCH, 4)
-    given, inside = ([[-1, 99]] * BATCH, [[0, 29]] * BATCH)
-    chex.assert_trees_all_equal(*(run(decoder, jnp.array(ids), caches) for ids in (given, inside)))
+    caches = decoder.init_caches(BATCH, LENGTH)
+    outside, nearest = (jnp.asarray(TOKENS).at[:, 3:5].set(ids) for ids in ([-1, 99], [0, 29]))
+    chex.assert_trees_all_equal(run(decoder, outside, caches), run(decoder, nearest, caches))
 
 
 def test_init_caches_passes_its_options_on():
@@ -168,9 +180,10 @@ CACHE_TILES = 2 * 128 * 1024  # of keys and of values, in float32
 SMALL_MATRIX = 4 * 320 * 384  # the query projection in float32
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_decode_step_copies_neither_caches_nor_weights(dtype, batch):
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [(1, jnp.float32), (1, jnp.bfloat16), (3, jnp.bfloat16)]
+)
+def test_decode_step_copies_neither_caches_nor_weights(batch, dtype):
     if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 10):
         pytest.skip("XLA:CPU converted every 16-bit matrix in any case")
     decoder = nnx.eval_shape(

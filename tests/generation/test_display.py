@@ -22,8 +22,8 @@ WORDS = [
     ",\n",
     "",
     "there",
-    " was",
-    ".\n\n",
+    " was ",
+    "1.\n\n",
     "The end",
 ]
 
@@ -70,12 +70,11 @@ class Terminal:
 @pytest.mark.usefixtures("clock")
 def test_a_pipe_gets_the_text_as_it_is() -> None:
     file = io.StringIO()
-    ids, speed = show(
-        stream_of(len(WORDS)), WORDS.__getitem__, console=Console(file=file, width=10)
-    )
+    console = Console(file=file, width=10)
+    ids, speed = show(stream_of(len(WORDS)), WORDS.__getitem__, before="A tale: ", console=console)
     assert ids == list(range(len(WORDS)))
     text, _, last = file.getvalue().rpartition("\n[")
-    assert text == "".join(WORDS)
+    assert text == "A tale: " + "".join(WORDS)
     assert last == f"{speed}]\n" == "10 tokens, 2.0 tokens/s, first after 0.50 s]\n"
 
 
@@ -85,15 +84,17 @@ def test_a_terminal_shows_the_text_and_the_speed_below(width: int) -> None:
     terminal = Terminal(width)
 
     def look_up(token: int) -> str:
-        assert squeezed(*terminal.screen()).startswith(squeezed(*WORDS[:token]))
+        assert squeezed(*terminal.screen()).startswith(squeezed(before, *WORDS[:token]))
         return WORDS[token]
 
-    _, speed = show(stream_of(len(WORDS)), look_up, console=terminal.console)
+    before = "1. "
+    _, speed = show(stream_of(len(WORDS)), look_up, before=before, console=terminal.console)
     shown = [line for line in terminal.screen() if line]
-    assert squeezed(*shown) == squeezed(*WORDS, str(speed))
+    assert squeezed(*shown) == squeezed(before, *WORDS, str(speed))
     assert max(map(len, shown)) <= width
     if width == 60:
-        assert shown[0] == "Once upon a [bold]time[/bold],"
+        assert shown[0] == "1. Once upon a [bold]time[/bold],"
+        assert shown[1] == "there was 1."
         assert shown[-1] == str(speed)
 
 

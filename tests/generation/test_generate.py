@@ -155,6 +155,10 @@ def test_the_first_token_can_end_a_row(model: TinyModel, expected: list[list[int
     options = {"eos_ids": first, "pad_id": min(first)}  # pad and end may look the same
     assert streamed(model, **options).tolist() == [[token] for token in first]
     assert continued(model, **options).lengths.tolist() == [1] * len(PROMPTS)
+    one = first[0]
+    assert all(one not in row for row in expected[1:])
+    result = continued(model, eos_ids=[one], pad_id=77)
+    assert result.tokens.tolist() == [[one] + [77] * (COUNT - 1), *expected[1:]]
 
 
 def test_a_finished_rows_cache_stays_as_it_is(

@@ -101,11 +101,10 @@ class AttentionFn:
         *batch, tokens, heads, width = query.shape
         slots = key.shape[-3]
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-        seen = None if mask is None else _dense(mask, batch, slots) != 0
-        positions = lengths = None
+        seen = None if mask is None else _dense(mask, batch, slots).astype(bool)
+        lengths = None
         if tokens == 1 and seen is not None:
-            positions = jnp.broadcast_to(_last_seen(seen), (math.prod(batch), 1))
-            lengths = positions[:, 0] + 1
+            lengths = jnp.broadcast_to(_live_length(seen), math.prod(batch))
         elif tokens not in (1, slots) and (is_causal or self.local_window_size is not None):
             raise ValueError(
                 f"{tokens} queries among {slots} keys: their positions, which is_causal and "
@@ -117,7 +116,6 @@ class AttentionFn:
             value.reshape(-1, *value.shape[-3:]),
             bias=None if bias is None else _dense(bias, batch, slots),
             mask=seen,
-            query_positions=positions,
             key_value_seq_lengths=lengths,
             scale=self.scale,
             is_causal=is_causal,
@@ -159,7 +157,7 @@ def _dense(array: Array, batch: Sequence[int], slots: int) -> Shaped[Array, "B1 
     return full.reshape(-1, *full.shape[-3:])
 
 
-def _last_seen(seen: Bool[Array, "B1 N1 T1 S"]) -> Int[Array, "B1 T1"]:
-    """The last slot that any head of a query sees, -1 for none."""
-    slots = jnp.arange(seen.shape[-1], dtype=jnp.int32)
-    return jnp.max(jnp.where(seen, slots, -1), axis=(1, 3))
+def _live_length(seen: Bool[Array, "B1 N1 1 S"]) -> Int[Array, " B1"]:
+    """Keys up to the last that any head of the one query sees: there the query is."""
+    ends = jnp.arange(1, seen.shape[-1] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(seen, ends, 0), axis=(1, 2, 3))
