@@ -271,7 +271,7 @@ def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale:
         return key
     if value is None:
         raise ValueError(
-            "value is missing: give key and value arrays [B, S, K, H], or a layout or KVCache alone"
+            "value is missing: give key and value arrays [B, S, K, H], or only a KVCache or layout."
         )
     key, value = jnp.asarray(key), jnp.asarray(value)
     dtype = np.dtype(key.dtype)

@@ -27,7 +27,11 @@ class Implementation(Protocol):
         """Its name in `implementation=` and in reports."""
 
     def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
-        """None if it can do this problem on this target, else the reason in words."""
+        """None if it can do this problem on this target, else the reason in words.
+
+        Asked twice: when the op is called, of a target without platforms, whether anything rules
+        the problem out everywhere; when it is lowered, of the platforms compiled for.
+        """
 
     def plan(self, problem: AttentionProblem, target: Target) -> object:
         """How it would do it; printable."""
@@ -101,20 +105,21 @@ def candidates(
     """
     if implementation is None:
         return TRIED_BY_DEFAULT
-    if isinstance(implementation, str | Implementation):
+    if isinstance(implementation, str) or not isinstance(implementation, Sequence):
         implementation = (implementation,)
-    if not isinstance(implementation, Sequence):
-        raise TypeError(
-            f"implementation must be None, a name, or a sequence of names; got {implementation!r}."
-        )
     if not implementation:
         raise ValueError("implementation is an empty sequence; leave it out to try the defaults.")
     return tuple(_named(i) for i in implementation)
 
 
 def _named(implementation: "str | Implementation") -> Implementation:
-    if not isinstance(implementation, str):
+    if isinstance(implementation, Implementation):
         return implementation
+    if not isinstance(implementation, str):
+        raise TypeError(
+            f"implementation must be None, a name, an Implementation, or a sequence of these; "
+            f"got {implementation!r}."
+        )
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; there are {known}.")

@@ -6,6 +6,7 @@ start another Python process test under the same ones.
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -48,6 +49,15 @@ pytest.register_assert_rewrite("tests.conformance")
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+    """Frees compiled programs after each file: XLA:CPU crashes when a process maps too many."""
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 @pytest.fixture

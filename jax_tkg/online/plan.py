@@ -41,7 +41,8 @@ class Target:
     """What the computation is compiled for.
 
     Attributes:
-        platforms: as JAX names them; more than one for a multi-platform export.
+        platforms: as JAX names them; more than one for a multi-platform export, none while not yet
+            known.
         auto_partitioned: the compiler may split arrays between devices.
     """
 

@@ -68,12 +68,19 @@ class Terminal:
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_pipe_gets_the_text_as_it_is() -> None:
-    file = io.StringIO()
-    console = Console(file=file, width=10)
-    ids, speed = show(stream_of(len(WORDS)), WORDS.__getitem__, before="A tale: ", console=console)
+def test_a_pipe_gets_the_text_as_it_is_and_at_once() -> None:
+    received = io.BytesIO()
+    pipe = io.TextIOWrapper(received, encoding="utf-8", newline="\n")
+
+    def look_up(token: int) -> str:
+        assert received.getvalue().decode() == "A tale: " + "".join(WORDS[:token])
+        return WORDS[token]
+
+    console = Console(file=pipe, width=10)
+    ids, speed = show(stream_of(len(WORDS)), look_up, before="A tale: ", console=console)
     assert ids == list(range(len(WORDS)))
-    text, _, last = file.getvalue().rpartition("\n[")
+    pipe.flush()
+    text, _, last = received.getvalue().decode().rpartition("\n[")
     assert text == "A tale: " + "".join(WORDS)
     assert last == f"{speed}]\n" == "10 tokens, 2.0 tokens/s, first after 0.50 s]\n"
 
