@@ -280,7 +280,7 @@ DTYPES = (
             TypeError,
         )
         for name in ("key_value_seq_lengths", "key_value_seq_starts")
-        for given in (ones(B), [1.5, 2.0], np.ones(B, bool))
+        for given in (ones(B), [-1.5, 2.0], np.ones(B, bool))
     ),
     Wrong(
         "float positions",

@@ -74,8 +74,8 @@ class AttentionFn:
             dropout_rate: must be 0 unless `deterministic`.
             deterministic: no dropout.
             dtype: of the computation and the result; by default that of the operands together.
-            precision: any `jax.lax.Precision`. None is exceeded: float32 operands are multiplied
-                at the highest, and all products are summed in float32.
+            precision: any `jax.lax.Precision`; each is met, as float32 operands are multiplied at
+                the highest and all products are summed in float32.
             module: must be None: attention weights are never all there, so cannot be sown.
             is_causal: a query sees only keys up to its own position. Token t of a whole sequence is
                 at position t; a single query at the last key that its mask shows, or at S - 1.

@@ -93,6 +93,13 @@ def test_another_policy_compiles_the_decode_loop_alone(model: TinyModel) -> None
     assert second.all == 0
 
 
+def test_a_key_that_is_not_needed_compiles_nothing(model: TinyModel) -> None:
+    key = jax.random.key(8)
+    with Count() as count:
+        generate(model, prompts(10), max_new_tokens=5, key=key)
+    assert count.all == 0
+
+
 def test_the_count_counts(model: TinyModel) -> None:
     with Count() as count:
         generate(model, prompts(10), max_new_tokens=6)
