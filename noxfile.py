@@ -12,6 +12,7 @@ nox.options.sessions = ["lint", "tests"]
 # What must hold on every supported version of jax, flax and numpy.
 CORE_TESTS = [
     "tests/test_semantics.py",
+    "tests/test_semantics_of_keys.py",
     "tests/test_softmax.py",
     "tests/test_transformations.py",
     "tests/test_rope.py",

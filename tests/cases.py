@@ -98,6 +98,10 @@ class Case:
     peak: float = 2.0
     slow: bool = False
 
+    def __str__(self) -> str:
+        """The name."""
+        return self.name
+
     @property
     def stored(self) -> np.dtype:
         """The logical dtype of the cache."""
@@ -251,9 +255,9 @@ def _from_options(number: int, options: dict[str, Any]) -> Case:
 
 GRID_FILE = Path(__file__).parent / "grid" / "tkg-grid.csv"
 
-QUICK_SLOTS = 4 * 10240
-"""Rows of the grid with more than so many slots in all (batch times cache) are slow ones here,
-too."""
+QUICK_TOKENS, QUICK_SLOTS = 12 * 1024, 64 * 1024
+"""Rows of the grid with more tokens in all (batch times live bucket), or with more slots, are slow
+ones here, whatever their group."""
 
 
 def _grid() -> tuple[Case, ...]:
@@ -273,6 +277,7 @@ def _grid() -> tuple[Case, ...]:
 def _from_grid(number: int, row: dict[str, str]) -> Case:
     n = {name: int(text) for name, text in row.items() if text.isdigit()}
     window, tokens = n["sliding_window"], n["s_active"]
+    live, slots = (n["batch"] * n[size] for size in ("s_prior", "s_prior_full"))
     return Case(
         f"grid{number:03d}-B{n['batch']}-N{n['q_heads']}-T{tokens}-S{n['s_prior_full']}",
         batch=n["batch"],
@@ -293,12 +298,13 @@ def _from_grid(number: int, row: dict[str, str]) -> Case:
         beside=True,
         sinks=bool(n["sink"]),
         window=(window - 1, 0) if window else None,
-        slow=row["group"] == "slow" or n["batch"] * n["s_prior_full"] > QUICK_SLOTS,
+        slow=row["group"] == "slow" or live > QUICK_TOKENS or slots > QUICK_SLOTS,
     )
 
 
+PAIRWISE = _pairwise()
 GRID = _grid()
-CASES = (*BY_HAND, *_pairwise(), *GRID)
+CASES = (*BY_HAND, *PAIRWISE, *GRID)
 
 
 # Inputs

@@ -105,7 +105,7 @@ class Expected(NamedTuple):
     naive_lse: Array
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)  # the large ones take gigabytes
 def _expected(case: Case) -> tuple[Inputs, Expected]:
     given, float32 = inputs(case), np.dtype(np.float32)
     naive_out, naive_lse = oracle.naive(given, given.query.dtype)
@@ -199,6 +199,10 @@ class InTiles:
 
     platform: str
     parts: int
+
+    def __str__(self) -> str:
+        """The name."""
+        return self.name
 
     @property
     def name(self) -> str:

@@ -22,6 +22,8 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={HOST_DEVICES}"
 )
+# NumPy's own threads would only wait for each other: the oracle multiplies small matrices.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # A cache that outlives the run would hide compilation failures and falsify the HLO tests.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 

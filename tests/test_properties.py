@@ -23,7 +23,7 @@ PAGE = 4
 EPS = float(np.finfo(np.float32).eps)
 
 FORMS = ["xla", InTiles("cpu", 4), InTiles("tpu", 4), InTiles("neuron", 4)]
-in_every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: getattr(form, "name", form))
+in_every_form = pytest.mark.parametrize("form", FORMS, ids=str)
 few = settings(max_examples=25)
 
 seeds = st.integers(0, 2**32 - 1)

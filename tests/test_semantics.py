@@ -1,13 +1,7 @@
-"""Each pinned meaning of the op, on numbers small enough to work out by hand.
-
-With a head size and a scale of 1 and queries of 1, a key is its own logit: keys `x`, values `v`,
-output `sum softmax(x) v`. With all keys 0 the output is the mean of the values seen and the
-log-sum-exp the log of their number.
-"""
+"""Each pinned meaning of positions, masks and logits, on numbers worked out by hand."""
 
 import math
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,63 +9,13 @@ import numpy as np
 import pytest
 
 import jax_tkg
-from jax_tkg.cache.layouts import DENSE_LAYOUTS
-from jax_tkg.implementations import Implementation
-from tests.conformance import InTiles, run_small
+from tests.conformance import run_small
+from tests.worked import assert_close, attend, in_every_implementation
+
+pytestmark = in_every_implementation
 
 LOG = math.log
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-RELATIVE = 8 * float(np.finfo(np.float32).eps)
-
-IMPLEMENTATIONS = ["xla", "reference", InTiles("cpu", 3), InTiles("tpu", 3)]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS, ids=lambda i: i if isinstance(i, str) else i.name)
-def implementation(request: pytest.FixtureRequest) -> str | Implementation:
-    return request.param
-
-
-def attend(
-    implementation: str | Implementation,
-    logits: Any,
-    values: Any,
-    *,
-    tokens: int = 1,
-    layout: Any = None,
-    **options: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Output and LSE, `[B, T]` or `[T]`, of rows of logits and values `[B, S]` or `[S]`."""
-    logits, values = (np.asarray(x, np.float32) for x in (logits, values))
-    batch = logits.shape[0] if logits.ndim == 2 else 1
-    key, value = (x.reshape(batch, -1, 1, 1) for x in (logits, values))
-    kv = {"key": jnp.asarray(key), "value": jnp.asarray(value)}
-    if layout is not None:
-        kv = {"key": layout(key, value)}
-    for name in ("key_value_seq_lengths", "key_value_seq_starts", "key_positions", "sinks"):
-        if name in options:
-            dtype = np.float32 if name == "sinks" else np.int32
-            options[name] = jnp.asarray(options[name], dtype)
-    out, lse = run_small(
-        jnp.ones((batch, tokens, 1, 1)),
-        **kv,
-        scale=options.pop("scale", 1.0),
-        return_residual=True,
-        implementation=implementation,
-        **options,
-    )
-    shape = (batch, tokens) if logits.ndim == 2 else (tokens,)
-    return np.asarray(out).reshape(shape), np.asarray(lse).reshape(shape)
-
-
-append = jax.jit(lambda cached, key, value: cached.append(key, value))
-
-
-def assert_close(results: Any, *expected: Any) -> None:
-    """Equal up to a few float32 roundings."""
-    for result, exact in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, exact, rtol=RELATIVE, atol=RELATIVE)
-
-
 ZEROS, COUNT = np.zeros(12), np.arange(12)
 
 
@@ -114,15 +58,13 @@ def test_without_causality_new_tokens_see_each_other(implementation):
 
 
 def test_query_positions_replace_the_alignment(implementation):
-    out = attend(
-        implementation, ZEROS, COUNT, tokens=3, query_positions=jnp.asarray([[7, 0, 3]], jnp.int32)
-    )
+    out = attend(implementation, ZEROS, COUNT, tokens=3, query_positions=[[7, 0, 3]])
     assert_close(out, [3.5, 0, 1.5], [LOG(8), 0, LOG(4)])
 
 
 def test_queries_before_the_end_do_not_touch_what_comes_after_them(implementation):
     values = np.where(COUNT < 4, COUNT, np.nan)
-    out = attend(implementation, values, values, query_positions=jnp.asarray([[3]], jnp.int32))
+    out = attend(implementation, values, values, query_positions=[[3]])
     weights = np.exp(np.arange(4))
     assert_close(out, [weights @ np.arange(4) / weights.sum()], [LOG(weights.sum())])
 
@@ -171,7 +113,7 @@ def test_both_ends_of_the_window_are_inclusive(implementation, window, first, la
         implementation,
         ZEROS,
         COUNT,
-        query_positions=jnp.asarray([[5]], jnp.int32),
+        query_positions=[[5]],
         local_window_size=window,
         is_causal=False,
     )
@@ -202,9 +144,9 @@ def ring_and_history() -> tuple[jax_tkg.RingKVCache, jax.Array]:
     """Eleven tokens, and a ring of five slots after they went through it."""
     history = np.random.default_rng(0).standard_normal((1, 11, 1, 4)).astype(np.float32)
     ring = jax_tkg.RingKVCache.create(1, 5, 1, 4)
+    append = jax.jit(lambda ring, new: ring.append(new, new))
     for begin, end in ((0, 4), (4, 9), (9, 11)):
-        part = jnp.asarray(history[:, begin:end])
-        ring = append(ring, part, part)
+        ring = append(ring, jnp.asarray(history[:, begin:end]))
     return ring, jnp.asarray(history)
 
 
@@ -234,10 +176,10 @@ EMPTY = {
     "start after the end": {"key_value_seq_lengths": [7], "key_value_seq_starts": [7]},
     "start far after the end": {"key_value_seq_lengths": [3], "key_value_seq_starts": [11]},
     "window": {
-        "query_positions": jnp.asarray([[40]], jnp.int32),
+        "query_positions": [[40]],
         "local_window_size": (5, 0),
     },
-    "mask": {"mask": jnp.zeros((1, 1, 1, 12), bool)},
+    "mask": {"mask": np.zeros((1, 1, 1, 12), bool)},
     "nothing in the ring": {"key_positions": [[-1] * 12], "key_value_seq_lengths": [5]},
     "no pages": PAGES_OF_FOUR,
 }
@@ -260,7 +202,7 @@ def test_an_empty_row_with_a_sink_gives_zero_and_the_sink(implementation, why):
 
 
 def test_a_row_whose_bias_is_minus_infinity_everywhere_is_empty(implementation):
-    bias = jnp.full((1, 1, 1, 12), -jnp.inf)
+    bias = np.full((1, 1, 1, 12), -np.inf)
     out, lse = attend(implementation, COUNT, COUNT, bias=bias)
     assert out.tolist() == [0]
     assert lse.tolist() == [-np.inf]
@@ -281,7 +223,7 @@ def test_whole_tiles_may_be_masked_before_and_after(implementation, begin, end):
     """In thirds, a tile is 4 keys: one or two are masked before the first key that is seen."""
     inside = (begin <= COUNT) & (end > COUNT)
     values = np.where(inside, COUNT, np.nan)
-    out = attend(implementation, ZEROS, values, mask=jnp.asarray(inside[None, None, None]))
+    out = attend(implementation, ZEROS, values, mask=inside[None, None, None])
     assert_close(out, [(begin + end - 1) / 2], [LOG(end - begin)])
 
 
@@ -302,7 +244,7 @@ def test_soft_cap_comes_after_the_scale_and_before_the_bias(implementation):
         [3.0],
         scale=0.5,
         logits_soft_cap=2.0,
-        bias=jnp.full((1, 1, 1, 1), 10.0),
+        bias=np.full((1, 1, 1, 1), 10.0),
     )
     assert_close(out, [3], [10 + 2 * math.tanh(0.5 * 8 / 2)])
 
@@ -348,7 +290,7 @@ def test_lse_is_natural_and_holds_scale_cap_bias_and_sink(implementation):
         [1.0, 2.0, 4.0],
         scale=0.25,
         logits_soft_cap=3.0,
-        bias=jnp.asarray(bias[None, None, None], jnp.float32),
+        bias=bias[None, None, None],
         sinks=[sink],
     )
     assert_close(out, [np.exp(logits) @ [1, 2, 4] / total], [LOG(total)])
@@ -357,21 +299,19 @@ def test_lse_is_natural_and_holds_scale_cap_bias_and_sink(implementation):
 def test_alibi_through_bias(implementation):
     bias = 0.5 * (COUNT - 11.0)
     weights = np.exp(bias)
-    out = attend(
-        implementation, ZEROS, COUNT, bias=jnp.asarray(bias[None, None, None], jnp.float32)
-    )
+    out = attend(implementation, ZEROS, COUNT, bias=bias[None, None, None])
     assert_close(out, [weights @ COUNT / weights.sum()], [LOG(weights.sum())])
 
 
 def test_minus_infinity_in_the_bias_masks(implementation):
     bias = np.where(COUNT < 9, -np.inf, 1.0).astype(np.float32)
-    out = attend(implementation, ZEROS, COUNT, bias=jnp.asarray(bias[None, None, None]))
+    out = attend(implementation, ZEROS, COUNT, bias=bias[None, None, None])
     assert_close(out, [10], [1 + LOG(3)])
 
 
 def test_plus_infinity_in_the_bias_takes_all_and_stays_finite(implementation):
     bias = np.where((COUNT == 2) | (COUNT == 9), np.inf, 0).astype(np.float32)
-    out, lse = attend(implementation, ZEROS, COUNT, bias=jnp.asarray(bias[None, None, None]))
+    out, lse = attend(implementation, ZEROS, COUNT, bias=bias[None, None, None])
     assert_close((out, lse), [5.5], [FLOAT32_MAX])
 
 
@@ -391,209 +331,3 @@ def test_small_differences_of_large_logits_count(implementation):
 def test_only_large_negative_logits(implementation):
     out = attend(implementation, [-3e38, -3e38], [1, 2])
     assert_close(out, [1.5], [-3e38])
-
-
-# Heads
-
-
-def test_query_heads_share_kv_heads_in_consecutive_groups(implementation):
-    query = jnp.ones((1, 1, 6, 1))
-    value = jnp.asarray([10.0, 20.0]).reshape(1, 1, 2, 1)
-    out = run_small(query, jnp.zeros_like(value), value, implementation=implementation)
-    assert out.ravel().tolist() == [10, 10, 10, 20, 20, 20]
-
-
-def test_a_mask_may_differ_between_heads_that_share_keys(implementation):
-    mask = np.asarray([[1, 1, 0], [0, 1, 1]], bool).reshape(1, 2, 1, 3)
-    value = jnp.asarray([1.0, 2.0, 6.0]).reshape(1, 3, 1, 1)
-    out = run_small(
-        jnp.ones((1, 1, 2, 1)),
-        jnp.zeros_like(value),
-        value,
-        mask=jnp.asarray(mask),
-        implementation=implementation,
-    )
-    assert_close((out.ravel(),), [1.5, 4])
-
-
-# Where keys are
-
-
-@pytest.mark.parametrize("lengths", [None, [8, 5]])
-def test_new_keys_beside_the_cache_are_as_good_as_in_it(implementation, lengths):
-    rng = np.random.default_rng(1)
-    batch, slots, tokens, heads, width = 2, 6, 2, 2, 4
-    query = jnp.asarray(rng.standard_normal((batch, tokens, 4, width)), jnp.float32)
-    keys, values = (
-        rng.standard_normal((batch, slots + tokens, heads, width)).astype(np.float32)
-        for _ in range(2)
-    )
-    ends = [slots + tokens] * batch if lengths is None else lengths
-    new_key, new_value = (
-        jnp.asarray(np.stack([row[end - tokens : end] for row, end in zip(x, ends, strict=True)]))
-        for x in (keys, values)
-    )
-    given = {} if lengths is None else {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)}
-    given |= {
-        "sinks": jnp.asarray([0.0, 1.0, 2.0, 3.0]),
-        "return_residual": True,
-        "implementation": implementation,
-    }
-    within = run_small(query, jnp.asarray(keys), jnp.asarray(values), **given)
-    beside = run_small(
-        query,
-        jnp.asarray(keys[:, :slots]),
-        jnp.asarray(values[:, :slots]),
-        new_key=new_key,
-        new_value=new_value,
-        **given,
-    )
-    assert_close(beside, *within)
-
-
-def test_parts_of_a_cache_merge_into_the_whole_with_the_sink_counted_once(implementation):
-    logits, values = np.asarray([1.0, 3.0, -2.0, 0.0, 2.0]), np.asarray([1.0, 2.0, 3.0, 4.0, 5.0])
-    first = attend(implementation, logits[:2], values[:2], sinks=[0.5])
-    second = attend(implementation, logits[2:], values[2:])
-    merged = jax_tkg.merge_attention(
-        [jnp.asarray(out).reshape(1, 1, 1, 1) for out, _ in (first, second)],
-        [jnp.asarray(lse).reshape(1, 1, 1) for _, lse in (first, second)],
-    )
-    total = np.exp(logits).sum() + math.exp(0.5)
-    assert_close((x.ravel() for x in merged), [np.exp(logits) @ values / total], [LOG(total)])
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e4m3", "float8_e5m2"])
-@pytest.mark.parametrize("how", ["per head", "per tensor", "appended"])
-def test_a_quantised_number_is_the_stored_one_times_its_scale(implementation, dtype, how):
-    k_scale, v_scale = (4.0, 7.0) if how == "per tensor" else ([0.5, 2.0], [10.0, 100.0])
-    scales = {"k_scale": jnp.asarray(k_scale), "v_scale": jnp.asarray(v_scale)}
-    key, value = (jnp.full((1, 1, 2, 1), stored, jnp.float32) for stored in (2, 3))
-    if how == "appended":
-        empty = jax_tkg.KVCache.create(1, 1, 2, 1, dtype=dtype, **scales)
-        by_head = (x.reshape(2, 1) for x in scales.values())
-        kv = {"key": append(empty, *(x * s for x, s in zip((key, value), by_head, strict=True)))}
-    else:
-        kv = {"key": key.astype(dtype), "value": value.astype(dtype), **scales}
-    out, lse = run_small(
-        jnp.ones((1, 1, 4, 1)), **kv, return_residual=True, implementation=implementation
-    )
-    expected = ([21] * 4, [8] * 4) if how == "per tensor" else ([30, 30, 300, 300], [1, 1, 4, 4])
-    assert_close((out.ravel(), lse.ravel()), *expected)
-
-
-def test_a_cache_knows_its_lengths_and_starts(implementation):
-    cached = jax_tkg.KVCache.create(2, 8, 1, 1)
-    values = jnp.asarray([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]).reshape(2, 4, 1, 1)
-    cached = cached.prefill(
-        jnp.zeros_like(values), values, jnp.asarray([3, 4]), starts=jnp.asarray([0, 2])
-    )
-    out = run_small(jnp.ones((2, 1, 1, 1)), cached, implementation=implementation)
-    assert_close((out.ravel(),), [2, 7.5])
-
-
-# Rotary embedding
-
-
-def test_rope_turns_queries_and_new_keys_at_their_positions(implementation):
-    """The first pair turns by one radian a token: a key (1, 0) at position p is (cos p, sin p)."""
-    tokens, slots = 2, 3
-    east = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (1, tokens, 1, 2))
-    cached = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (1, slots, 1, 2))
-    out, lse, keys = run_small(
-        east,
-        cached,
-        cached,
-        new_key=east,
-        new_value=east,
-        rope=jax_tkg.RotaryEmbedding(),
-        scale=1.0,
-        return_residual=True,
-        implementation=implementation,
-    )
-    at = np.asarray([3.0, 4.0])
-    turned = np.stack([np.cos(at), np.sin(at)], -1).reshape(keys.shape)
-    # Cached keys are used as they are: angle p to the query at p. New ones: 0 to itself, 1 back.
-    logits = [[math.cos(3)] * 3 + [1], [math.cos(4)] * 3 + [math.cos(1), 1]]
-    assert_close(
-        (keys, lse.ravel(), out[0, :, 0, 0]),
-        turned,
-        [LOG(np.exp(x).sum()) for x in logits],
-        [1, 1],
-    )
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_is_the_same_as_rotating_by_hand(implementation, interleaved):
-    rng = np.random.default_rng(2)
-    rope = jax_tkg.RotaryEmbedding(interleaved=interleaved)
-    query, cached, new = (
-        jnp.asarray(rng.standard_normal((2, n, 2, 8)), jnp.float32) for n in (2, 5, 2)
-    )
-    lengths = jnp.asarray([7, 4], jnp.int32)
-    given = {"key_value_seq_lengths": lengths, "implementation": implementation}
-    out, keys = run_small(query, cached, cached, new_key=new, new_value=new, rope=rope, **given)
-    at = jnp.asarray([[5, 6], [2, 3]], jnp.int32)
-    by_hand = run_small(
-        rope(query, at), cached, cached, new_key=rope(new, at), new_value=new, **given
-    )
-    assert_close((out, keys), by_hand, rope(new, at))
-
-
-# Dtypes and padding
-
-
-@pytest.mark.parametrize(
-    ("query_dtype", "cache_dtype"),
-    [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "int8")],
-)
-def test_the_output_has_the_dtype_of_the_query(implementation, query_dtype, cache_dtype):
-    cached = jnp.ones((1, 3, 1, 2), cache_dtype)
-    out, lse = run_small(
-        jnp.ones((1, 1, 1, 2), query_dtype),
-        cached,
-        cached,
-        return_residual=True,
-        implementation=implementation,
-    )
-    assert (out.dtype, lse.dtype) == (query_dtype, jnp.float32)
-
-
-@pytest.mark.parametrize("padding", [np.nan, np.inf, -3e38])
-@pytest.mark.parametrize("layout", ["BSKH", "BKSH", "BKHS", "paged", "ring"])
-def test_what_is_in_the_padding_does_not_matter(implementation, layout, padding):
-    rng = np.random.default_rng(3)
-    query = jnp.asarray(rng.standard_normal((2, 2, 4, 8)), jnp.float32)
-    key, value = (rng.standard_normal((2, 16, 2, 8)).astype(np.float32) for _ in range(2))
-    results = [
-        run_small(
-            query,
-            padded_cache(layout, key, value, fill),
-            return_residual=True,
-            implementation=implementation,
-        )
-        for fill in (0.0, padding)
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *results)
-
-
-def padded_cache(layout: str, key: np.ndarray, value: np.ndarray, fill: float) -> jax_tkg.KVCache:
-    """Two rows of 16 slots, of which 5 and 11 hold tokens."""
-    lengths = np.asarray([5, 11], np.int32)
-    live = (np.arange(16) < lengths[:, None])[..., None, None]
-    key, value = (np.where(live, x, np.float32(fill)) for x in (key, value))
-    rest = {"k_scale": None, "v_scale": None, "dtype": np.dtype(np.float32)}
-    kv: jax_tkg.KVLayout
-    if layout == "paged":
-        key, value = (jnp.asarray(x.reshape(8, 4, 2, 8).swapaxes(1, 2)) for x in (key, value))
-        table = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
-        kv = jax_tkg.Paged(key, value, **rest, page_indices=table)
-    else:
-        of = DENSE_LAYOUTS.get(layout, jax_tkg.BSKH)
-        key, value = (
-            jnp.asarray(x.transpose(["BSKH".index(a) for a in axes]))
-            for x, axes in ((key, of.key_axes), (value, of.value_axes))
-        )
-        kv = of(key=key, value=value, **rest)
-    cache_type = jax_tkg.RingKVCache if layout == "ring" else jax_tkg.KVCache
-    return cache_type(kv, jnp.asarray(lengths), jnp.zeros(2, jnp.int32))

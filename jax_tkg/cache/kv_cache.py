@@ -111,11 +111,6 @@ class KVCache:
             ValueError: if the shapes do not fit the cache, or T is larger than its capacity.
         """
         counts = self._check_append(key, value, counts)
-        if key.shape[1] > self.capacity:
-            raise ValueError(
-                f"cannot append {key.shape[1]} tokens to a cache of {self.capacity} slots a row: "
-                "give it more, or use a RingKVCache to keep the last ones."
-            )
         return self._write(key, value, counts)
 
     def prefill(
@@ -159,6 +154,11 @@ class KVCache:
         return self.lengths > self.capacity
 
     def _write(self, key: Array, value: Array, counts: Array) -> Self:
+        if key.shape[1] > self.capacity:
+            raise ValueError(
+                f"cannot append {key.shape[1]} tokens to a cache of {self.capacity} slots a row: "
+                "give it more, or use a RingKVCache to keep the last ones."
+            )
         keep = jnp.arange(key.shape[1], dtype=jnp.int32) < counts[:, None]
         kv = self.kv.write(key, value, self.lengths, keep)
         return replace(self, kv=kv, lengths=self.lengths + counts)

@@ -131,7 +131,7 @@ class PagedKVCache(KVCache):
         table = jnp.where(shorter._used_entries(), self.page_table, NO_PAGE)
         return shorter._with_table(table)._with_own_last_pages()
 
-    def fork(self, source: Int[Array, " n"] | int, target: Int[Array, " n"] | int) -> Self:
+    def fork(self, source: Int[Array, "..."] | int, target: Int[Array, "..."] | int) -> Self:
         """Makes rows `target` continue what rows `source` hold, sharing all their full pages.
 
         What the targets held is forgotten. A last page that is not full is copied, unless its other
@@ -140,7 +140,7 @@ class PagedKVCache(KVCache):
         the row each beam continues, `fork(parent, jnp.arange(batch))` moves all of them.
 
         Args:
-            source: the rows to continue.
+            source: the rows to continue, `[n]`, or one.
             target: as many rows, each named once.
 
         Raises:
