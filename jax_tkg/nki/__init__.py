@@ -1,0 +1,1 @@
+"""NKI kernels and what runs them where there is no Neuron device."""
