@@ -17,6 +17,7 @@ CORE_TESTS = [
     "tests/test_transformations.py",
     "tests/test_rope.py",
     "tests/test_packaging.py",
+    "tests/neuron",
 ]
 QUICK = ("-n", "2", "-m", "not slow and not model")
 

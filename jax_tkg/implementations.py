@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jax_tkg._typing import Array
+from jax_tkg.nki.implementation import NkiInterpret
 from jax_tkg.online.blocks import attend_blocks
 from jax_tkg.online.plan import Form, Target, make_plan
 from jax_tkg.online.rows import attend_rows
@@ -86,8 +87,9 @@ class Reference:
 
 XLA = OnlineSoftmax()
 REFERENCE = Reference()
+NKI_INTERPRET = NkiInterpret()
 
-IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (XLA, REFERENCE)}
+IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (XLA, REFERENCE, NKI_INTERPRET)}
 """Every implementation that can be named."""
 
 TRIED_BY_DEFAULT: tuple[Implementation, ...] = (XLA,)

@@ -5,6 +5,7 @@ start another Python process test under the same ones.
 """
 
 import os
+import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -36,10 +37,18 @@ except ImportError as error:
         "pip install -e '.[dev]'"
     ) from error
 
-# From here on every function of jax_tkg checks its annotations when called. As in mypy, an int may
+# From here on functions of jax_tkg check their annotations when called. As in mypy, an int may
 # stand where a float is asked for. Self means nothing to a checker of functions outside a class.
+# Kernels and their interpreter have no array shapes to check, and make very many calls.
+UNCHECKED = ("jax_tkg.nki.interpreter", "jax_tkg.nki.steps", "jax_tkg.nki.attention_tkg")
+PACKAGE = pathlib.Path(__file__).parents[1] / "jax_tkg"
+MODULES = sorted(
+    f"jax_tkg.{file.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
+    for file in (*PACKAGE.glob("*"), *(PACKAGE / "nki").glob("*"))
+    if file.name not in ("__init__.py", "__pycache__", "nki", "py.typed")
+)
 jaxtyping.install_import_hook(
-    "jax_tkg",
+    [name for name in MODULES if name not in UNCHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, hint_overrides="
     "beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any})))",
 )

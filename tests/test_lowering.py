@@ -12,8 +12,9 @@ import pytest
 from jax import export
 
 import jax_tkg
+from jax_tkg.neuron import check_module
 from tests.calls import assert_close
-from tests.lowered import hazards, lower_for_neuron, operations
+from tests.lowered import lower_for_neuron, operations
 
 LONG = 65536
 """Cache slots; with these the scores are not computed in one block anywhere."""
@@ -110,7 +111,7 @@ NEURON_PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 def test_neuron_can_run(name: str) -> None:
     function, arguments = NEURON_PROGRAMS[name]
     lowered = lower_for_neuron(function, *arguments)
-    assert hazards(lowered) == set()
+    assert check_module(lowered) == ()
     assert operations(lowered)["stablehlo.while"] >= 1  # tiles
 
 
@@ -118,14 +119,14 @@ def test_neuron_can_run(name: str) -> None:
 def test_other_platforms_stop_at_the_live_length(platform: str) -> None:
     traced = jax.jit(attend).trace(PLAIN | {"key_value_seq_lengths": FULL["key_value_seq_lengths"]})
     lowered = traced.lower(lowering_platforms=(platform,))
-    assert hazards(lowered) == {"while without constant trip count"}
+    assert {x.rule for x in check_module(lowered)} == {"dynamic-loop"}
 
 
 @pytest.mark.parametrize("platforms", [("cpu", "neuron"), ("neuron", "tpu")])
 def test_neuron_among_others_keeps_trip_counts_constant(platforms: tuple[str, ...]) -> None:
     """The choice by platform, a case, is JAX's own: it lowers dots differently."""
     lowered = jax.jit(attend).trace(FULL).lower(lowering_platforms=platforms)
-    assert hazards(lowered) <= {"stablehlo.case"}
+    assert {x.operation for x in check_module(lowered)} <= {"stablehlo.case"}
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -6,6 +6,7 @@ have the same names. Kernels import `nki`, `nisa` and `nl` from here and from no
 
 import importlib.util
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from jax_tkg.nki.interpreter.modules import nki_modules
 
@@ -20,4 +21,12 @@ def _find() -> tuple[bool, dict[str, ModuleType]]:
 is_interpreted, _modules = _find()
 """Whether the kernels here are written against the interpreter."""
 
-nki, nisa, nl = (_modules[name] for name in ("nki", "nki.isa", "nki.language"))
+if TYPE_CHECKING:
+    from jax_tkg.nki.interpreter import isa as nisa
+    from jax_tkg.nki.interpreter import language as nl
+else:
+    nisa, nl = _modules["nki.isa"], _modules["nki.language"]
+
+nki = _modules["nki"]
+
+__all__ = ["is_interpreted", "nisa", "nki", "nl"]

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_tkg
-from jax_tkg import KVCache, PagedKVCache
+from jax_tkg import KVCache, PagedKVCache, neuron
 from tests.cache.model import HEADS, VALUE_WIDTH, WIDTH, Array, attend, scales, tokens
-from tests.lowered import hazards, lower_for_neuron
 
 BATCH, PAGES, PAGE_LEN, PER_ROW = 4, 7, 2, 3
 MOST = 5
@@ -293,5 +292,5 @@ def test_everything_runs_on_neuron() -> None:
         (PagedKVCache.truncate, (cache, rows)),
         (PagedKVCache.reset, (cache, rows > 1)),
     ]
-    found = chain.from_iterable(hazards(lower_for_neuron(f, *args)) for f, args in calls)
+    found = chain.from_iterable(neuron.check(f, *args) for f, args in calls)
     assert list(found) == []

@@ -65,7 +65,7 @@ class TinyModel:
             x = x + out.reshape(batch, width, WIDTH) @ back
             new_caches.append(cache)
         last = jnp.maximum(counts - 1, 0)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1, mode="clip")[:, 0]
         return normalised(x) @ self.output, tuple(new_caches)
 
     def oracle_logits(self, ids: list[int]) -> np.ndarray:
