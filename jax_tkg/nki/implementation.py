@@ -191,6 +191,10 @@ class NkiInterpret:
             return f"the interpreter runs on the CPU, not on {'+'.join(target.platforms)}"
         if target.auto_partitioned:
             return "the compiler may split the arrays between devices; call it inside shard_map"
+        from jax_tkg.nki import dialect
+
+        if not dialect.is_interpreted:
+            return "the nki package is installed, and the kernels here are written against it"
         return kernel_limits(problem)
 
     def plan(self, problem: AttentionProblem, target: Target) -> object:
