@@ -188,7 +188,8 @@ def test_shape_annotations_are_checked(tmp_path):
     package, tests = tmp_path / "jax_tkg", tmp_path / "tests"
     package.mkdir()
     tests.mkdir()
-    (package / "__init__.py").write_text(TWIN_PACKAGE)
+    (package / "twin.py").write_text(TWIN_PACKAGE)
+    (package / "__init__.py").write_text("from jax_tkg.twin import State, flattened, scaled\n")
     (tests / "test_twin.py").write_text(TWIN_TESTS)
     shutil.copy(Path(__file__).with_name("conftest.py"), tests)
     result = run_python("-m", "pytest", "-q", "-p", "no:xdist", "tests", cwd=tmp_path)
