@@ -80,6 +80,12 @@ class AttentionProblem:
         return self.group * self.num_tokens
 
     @property
+    def compute_dtype(self) -> np.dtype:
+        """The narrowest float type that holds queries and stored keys exactly."""
+        holds_kv = self.kv.dtype == self.query_dtype or self.kv.dtype.itemsize == 1
+        return self.query_dtype if holds_kv else np.dtype(np.float32)
+
+    @property
     def is_padded(self) -> bool:
         """Whether some slots of the cache may be seen by no query at all."""
         return (

@@ -64,7 +64,7 @@ def kernel_arguments(problem: AttentionProblem, ops: Operands) -> dict[str, Arra
 
     Queries and new keys come in the dtype that the kernel computes in.
     """
-    dtype = compute_dtype(problem)
+    dtype = problem.compute_dtype
     zeros = jnp.zeros((problem.batch,), jnp.int32)
     beside = problem.num_tokens if problem.has_new_kv else 0
     total = zeros + (problem.kv_len + beside) if ops.lengths is None else ops.lengths
@@ -127,13 +127,6 @@ def page_rows(kv: Paged) -> Array:
     run = jnp.arange(runs, dtype=jnp.int32)
     rows = (pages[:, None, :, None] * heads + head) * runs + run
     return rows.reshape(pages.shape[0], heads, -1)
-
-
-def compute_dtype(problem: AttentionProblem) -> np.dtype:
-    """The narrowest float type that holds queries and stored keys exactly."""
-    kv = problem.kv.dtype
-    holds_kv = kv == problem.query_dtype or kv.itemsize == 1
-    return problem.query_dtype if holds_kv else np.dtype(np.float32)
 
 
 def has_scales(ops: Operands) -> bool:
@@ -215,7 +208,7 @@ class NkiInterpret:
             Named(attention_tkg, tuple(arrays)),
             *arrays.values(),
             result=(
-                jax.ShapeDtypeStruct((*rows, problem.value_head_dim), compute_dtype(problem)),
+                jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.compute_dtype),
                 jax.ShapeDtypeStruct(rows, np.float32),
             ),
             programs=self.programs,

@@ -126,12 +126,5 @@ def _plan_blocks(problem: AttentionProblem, target: Target) -> OnlinePlan:
     dynamic = "neuron" not in target.platforms and num_tiles > 1
     where = "+".join(target.platforms) + (", partitioned" if target.auto_partitioned else "")
     return OnlinePlan(
-        Form.BLOCKS, tile, num_tiles, dynamic, False, _compute_dtype(problem), f"for {where}"
+        Form.BLOCKS, tile, num_tiles, dynamic, False, problem.compute_dtype, f"for {where}"
     )
-
-
-def _compute_dtype(problem: AttentionProblem) -> np.dtype:
-    """The narrowest float type that holds queries and keys exactly."""
-    kv = problem.kv.dtype
-    holds_kv = kv == problem.query_dtype or kv.itemsize == 1
-    return problem.query_dtype if holds_kv else np.dtype(np.float32)

@@ -1,6 +1,5 @@
 """Launching kernels: `nki.jit`, `kernel[lnc](...)` and `run`, which also keeps what happened."""
 
-import contextvars
 import copy
 import functools
 import inspect
@@ -35,9 +34,6 @@ from jax_tkg.nki.interpreter.record import Instruction
 from jax_tkg.nki.interpreter.storage import MemoryRegion
 from jax_tkg.nki.interpreter.tensor import NkiTensor
 from jax_tkg.nki.interpreter.window import window
-
-# Options of `run` for kernels that a host program calls directly, such as `kernel(array)`.
-_defaults: contextvars.ContextVar[Options] = contextvars.ContextVar("nki_options")
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Kernel:
         """Runs it; returns its outputs as NumPy arrays."""
         if _current.get(None) is not None:
             return self.function(*args, **kwargs)
-        return launch(self, args, kwargs, _defaults.get(Options())).outputs
+        return launch(self, args, kwargs, Options()).outputs
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
