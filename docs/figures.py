@@ -37,7 +37,8 @@ def tile_kinds(
         local_window_size=window,
     )
     plan = make_plan(problem, jax_tkg.Target(("cpu",)))
-    ranges = TileRanges.create(MaskTiles.create(problem, ops), plan)
+    masks = MaskTiles.create(problem, ops)
+    ranges = TileRanges.create(masks, masks.cached, plan.tile)
     kinds = np.zeros((batch, plan.num_tiles), int)
     for b in range(batch):
         kinds[b, int(ranges.first[b]) : int(ranges.end[b])] = 1

@@ -1,8 +1,9 @@
 """Token-generation (decode) flash attention for JAX and Flax.
 
-`attention_tkg` attends from a few new tokens to a long KV cache; `explain` says which
-implementation runs it. `KVCache`, `RingKVCache` and `PagedKVCache` hold keys and values; layers and
-decoders are in `jax_tkg.flax_layers`, real models in `jax_tkg.models`.
+`attention_tkg` attends from a few new tokens to a long KV cache, `attention_cte` from a whole
+prompt or a chunk of one; `explain` says which implementation runs it. `KVCache`, `RingKVCache` and
+`PagedKVCache` hold keys and values; layers and decoders are in `jax_tkg.flax_layers`, real models
+in `jax_tkg.models`.
 """
 
 from jax_tkg.attention import Explanation, attention_tkg, explain
@@ -14,6 +15,8 @@ from jax_tkg.cache.storage import absmax_scale
 from jax_tkg.generation.api import Generated, generate, stream
 from jax_tkg.implementations import IMPLEMENTATIONS, Implementation
 from jax_tkg.online.plan import Target
+from jax_tkg.prefill.attention import attention_cte
+from jax_tkg.prefill.segments import segment_key_bounds
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.rope import LinearScaling, Llama3Scaling, RotaryEmbedding
 from jax_tkg.sampling import Greedy, Sample, TokenSelector, argmax_tokens
@@ -45,9 +48,11 @@ __all__ = [
     "TokenSelector",
     "absmax_scale",
     "argmax_tokens",
+    "attention_cte",
     "attention_tkg",
     "explain",
     "generate",
     "merge_attention",
+    "segment_key_bounds",
     "stream",
 ]

@@ -20,7 +20,7 @@ from jax_tkg.masks import default_query_positions
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.primitive import attend
-from jax_tkg.problem import AttentionProblem, check_host_integers, make_problem
+from jax_tkg.problem import AttentionProblem, Op, check_host_integers, make_problem
 from jax_tkg.rope import RotaryEmbedding
 
 ImplementationLike = str | Implementation | Sequence[str | Implementation] | None
@@ -112,7 +112,7 @@ def attention_tkg(
         ExceptionGroup: none of several can.
     """
     arguments = dict(locals())
-    return_residual, tried = arguments.pop("return_residual"), candidates(implementation)
+    return_residual, tried = arguments.pop("return_residual"), candidates(implementation, Op.TKG)
     del arguments["implementation"]
     call = prepare(**arguments)
     choose(call.problem, Target(platforms=()), tried).require()
@@ -150,23 +150,26 @@ class Explanation:
 
 def explain(
     *args: Any,
+    op: str = Op.TKG,
     platform: str | None = None,
     implementation: ImplementationLike = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Says which implementation `attention_tkg` runs for these arguments, without running it.
+    """Says which implementation an op runs for these arguments, without running it.
 
     Args:
-        *args: as for `attention_tkg`; `jax.ShapeDtypeStruct`s will do for arrays.
+        *args: as for the op; `jax.ShapeDtypeStruct`s will do for arrays.
+        op: "attention_tkg" or "attention_cte".
         platform: what to compile for ("cpu", "gpu", "tpu", "neuron"); by default JAX's own.
-        implementation: as for `attention_tkg`.
-        **kwargs: as for `attention_tkg`.
+        implementation: as for the op.
+        **kwargs: as for the op.
 
     Raises:
-        ValueError: as `attention_tkg`.
-        TypeError: as `attention_tkg`.
+        ValueError: as the op.
+        TypeError: as the op.
     """
-    tried = candidates(implementation)
+    op = Op(op)
+    tried = candidates(implementation, op)
     platform = jax.default_backend() if platform is None else platform
     target = Target(platforms=(platform,))
     leaves, tree = jax.tree.flatten((args, kwargs))
@@ -179,7 +182,8 @@ def explain(
         call_args, call_kwargs = jax.tree.unflatten(tree, filled)
         call_kwargs.pop("return_residual", None)
         names = ("query", "key", "value", "bias", "mask")
-        problems.append(prepare(**dict(zip(names, call_args, strict=False)), **call_kwargs).problem)
+        given_args = dict(zip(names, call_args, strict=False))
+        problems.append(prepare(op=op, **given_args, **call_kwargs).problem)
 
     jax.eval_shape(trace, [x for a, x in zip(is_array, leaves, strict=True) if a])
     choice: Choice = choose(problems[0], target, tried)
@@ -213,6 +217,8 @@ def prepare(
     query_positions: Array | None = None,
     key_positions: Array | None = None,
     sinks: Array | None = None,
+    key_bounds: Array | None = None,
+    alibi_slopes: Array | None = None,
     k_scale: Scale = None,
     v_scale: Scale = None,
     rope: RotaryEmbedding | None = None,
@@ -220,6 +226,8 @@ def prepare(
     is_causal: bool = True,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
+    normalize: bool = True,
+    op: Op = Op.TKG,
 ) -> Call:
     """Brings the arguments into canonical form, validates them, and rotates if asked to."""
     query = jnp.asarray(query)
@@ -239,6 +247,8 @@ def prepare(
     kv = _layout(key, value, k_scale, v_scale)
     most = kv.shape.kv_len + beside if key_positions is None else None
     lengths, starts = (_per_row(name, given, batch, most) for name, given in rows.items())
+    if op is Op.CTE and lengths is not None and most is not None:
+        lengths = jnp.minimum(lengths, most)  # so that what causality hides is known beforehand
     ops = Operands(
         query=query,
         kv=kv,
@@ -251,9 +261,13 @@ def prepare(
         mask=_array(mask),
         bias=_array(bias),
         sinks=None if sinks is None else jnp.asarray(sinks)[None],
+        key_bounds=_array(key_bounds),
+        alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes)[None],
     )
     problem = make_problem(
         ops,
+        op=op,
+        normalize=normalize,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         local_window_size=local_window_size,

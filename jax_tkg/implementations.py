@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jax_tkg._typing import Array
-from jax_tkg.nki.implementation import NkiInterpret
+from jax_tkg.nki.cte.implementation import NkiPrefill, NkiPrefillInterpret
+from jax_tkg.nki.implementation import Nki, NkiInterpret
 from jax_tkg.online.blocks import attend_blocks
 from jax_tkg.online.plan import Form, Target, make_plan
 from jax_tkg.online.rows import attend_rows
 from jax_tkg.operands import Operands
-from jax_tkg.problem import AttentionProblem
+from jax_tkg.prefill.implementation import TiledPrefill
+from jax_tkg.problem import AttentionProblem, Op
 from jax_tkg.reference import attend_reference
 
 
@@ -37,19 +39,25 @@ class Implementation(Protocol):
     def plan(self, problem: AttentionProblem, target: Target) -> object:
         """How it would do it; printable."""
 
-    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
-        """Output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`, both float32; traced by JAX."""
+    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, ...]:
+        """Output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`, both float32; traced by JAX.
+
+        If the problem is not normalised: output before the division, maximum and sum, as in
+        `SoftmaxState`.
+        """
 
 
 @dataclass(frozen=True)
 class OnlineSoftmax:
-    """The pure-JAX online softmax over tiles of keys: every problem, every platform."""
+    """The pure-JAX online softmax over tiles of keys: every decode problem, every platform."""
 
     name: str = "xla"
 
     def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
-        """It can always do it."""
-        del problem, target
+        """It can always do it, for its own op."""
+        del target
+        if problem.op is not Op.TKG:
+            return f"it walks the keys of a few queries, for {Op.TKG} and not for {problem.op}"
         return None
 
     def plan(self, problem: AttentionProblem, target: Target) -> object:
@@ -79,7 +87,7 @@ class Reference:
         del problem, target
         return "all scores at once in float32; for tests"
 
-    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
+    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, ...]:
         """Runs the oracle."""
         del target
         return attend_reference(problem, ops)
@@ -87,17 +95,35 @@ class Reference:
 
 XLA = OnlineSoftmax()
 REFERENCE = Reference()
+NKI = Nki()
 NKI_INTERPRET = NkiInterpret()
 
-IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (XLA, REFERENCE, NKI_INTERPRET)}
-"""Every implementation that can be named."""
+PREFILL_XLA = TiledPrefill()
+PREFILL_NKI = NkiPrefill()
+PREFILL_NKI_INTERPRET = NkiPrefillInterpret()
 
-TRIED_BY_DEFAULT: tuple[Implementation, ...] = (XLA,)
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    i.name: i for i in (NKI, XLA, REFERENCE, NKI_INTERPRET)
+}
+"""Every implementation of `attention_tkg` that can be named."""
+
+PREFILL_IMPLEMENTATIONS: dict[str, Implementation] = {
+    i.name: i for i in (PREFILL_NKI, PREFILL_XLA, REFERENCE, PREFILL_NKI_INTERPRET)
+}
+"""Every implementation of `attention_cte` that can be named."""
+
+_NAMED = {Op.TKG: IMPLEMENTATIONS, Op.CTE: PREFILL_IMPLEMENTATIONS}
+
+TRIED_BY_DEFAULT: dict[Op, tuple[Implementation, ...]] = {
+    Op.TKG: (NKI, XLA),
+    Op.CTE: (PREFILL_NKI, PREFILL_XLA),
+}
 """What `implementation=None` tries, in order."""
 
 
 def candidates(
     implementation: "str | Implementation | Sequence[str | Implementation] | None",
+    op: Op,
 ) -> tuple[Implementation, ...]:
     """Reads `implementation=`: None, a name, an Implementation, or a sequence of those.
 
@@ -106,15 +132,15 @@ def candidates(
         TypeError: for anything else.
     """
     if implementation is None:
-        return TRIED_BY_DEFAULT
+        return TRIED_BY_DEFAULT[op]
     if isinstance(implementation, str) or not isinstance(implementation, Sequence):
         implementation = (implementation,)
     if not implementation:
         raise ValueError("implementation is an empty sequence; leave it out to try the defaults.")
-    return tuple(_named(i) for i in implementation)
+    return tuple(_named(i, op) for i in implementation)
 
 
-def _named(implementation: "str | Implementation") -> Implementation:
+def _named(implementation: "str | Implementation", op: Op) -> Implementation:
     if isinstance(implementation, Implementation):
         return implementation
     if not isinstance(implementation, str):
@@ -122,10 +148,10 @@ def _named(implementation: "str | Implementation") -> Implementation:
             f"implementation must be None, a name, an Implementation, or a sequence of these; "
             f"got {implementation!r}."
         )
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
+    if implementation not in _NAMED[op]:
+        known = ", ".join(repr(n) for n in _NAMED[op])
         raise ValueError(f"unknown implementation {implementation!r}; there are {known}.")
-    return IMPLEMENTATIONS[implementation]
+    return _NAMED[op][implementation]
 
 
 @dataclass(frozen=True)

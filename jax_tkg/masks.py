@@ -40,6 +40,34 @@ class PositionRule:
     causal: bool
     window: Window | None
 
+    def interval(
+        self,
+        query_position: Int[Array, "..."],
+        start: Int[Array, "..."],
+        length: Int[Array, "..."],
+    ) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+        """The positions that each query sees: the first, and the one behind the last.
+
+        Where it sees none the second is not above the first. The arguments broadcast; a key is live
+        at positions `start <= key < length`, and never at a negative one.
+        """
+        low, high = jnp.maximum(start, 0), length
+        if self.causal:
+            high = jnp.minimum(high, query_position + 1)
+        if self.window is not None:
+            if self.window.left is not None:
+                low = jnp.maximum(low, query_position - self.window.left)
+            if self.window.right is not None:
+                high = jnp.minimum(high, query_position + self.window.right + 1)
+        return low, high
+
+    def reach(self, num_tokens: int) -> int | None:
+        """How many positions T queries that follow each other see at most; None is unbounded."""
+        if self.window is None or self.window.left is None:
+            return None
+        right = 0 if self.causal else self.window.right
+        return None if right is None else self.window.left + right + num_tokens
+
     def visible(
         self,
         query_position: Int[Array, "..."],
@@ -47,47 +75,9 @@ class PositionRule:
         start: Int[Array, "..."],
         length: Int[Array, "..."],
     ) -> Bool[Array, "..."]:
-        """Whether each query sees each key; all arguments broadcast.
-
-        A key is live at positions `start <= key < length`, and never at a negative one.
-        """
-        seen = (key_position >= jnp.maximum(start, 0)) & (key_position < length)
-        if self.causal:
-            seen &= key_position <= query_position
-        if self.window is not None:
-            if self.window.left is not None:
-                seen &= key_position >= query_position - self.window.left
-            if self.window.right is not None:
-                seen &= key_position <= query_position + self.window.right
-        return seen
-
-    def seen_by_all(
-        self,
-        query_position: Int[Array, "B T"],
-        start: Int[Array, " B"],
-        length: Int[Array, " B"],
-    ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        """The range of positions, end exclusive, that every query of the row sees."""
-        first, end = jnp.maximum(start, 0), length
-        earliest, latest = jnp.min(query_position, axis=1), jnp.max(query_position, axis=1)
-        if self.causal:
-            end = jnp.minimum(end, earliest + 1)
-        if self.window is not None:
-            if self.window.left is not None:
-                first = jnp.maximum(first, latest - self.window.left)
-            if self.window.right is not None:
-                end = jnp.minimum(end, earliest + self.window.right + 1)
-        return first, jnp.maximum(first, end)
-
-    def first_visible(
-        self, query_position: Int[Array, "B T"], start: Int[Array, " B"]
-    ) -> Int[Array, " B"]:
-        """The lowest position that any query of the row can see: where a loop may begin."""
-        first = jnp.maximum(start, 0)
-        if self.window is None or self.window.left is None:
-            return first
-        earliest = jnp.min(jnp.maximum(query_position, 0), axis=1) - self.window.left
-        return jnp.maximum(first, earliest)
+        """Whether each query sees each key; all arguments broadcast, as in `interval`."""
+        low, high = self.interval(query_position, start, length)
+        return (key_position >= low) & (key_position < high)
 
 
 def default_query_positions(length: Int[Array, " B"], num_tokens: int) -> Int[Array, "B T"]:

@@ -26,6 +26,10 @@ class Operands:
         mask: bool `[B|1, N|1, T|1, S']`, True where a query sees a key.
         bias: float `[B|1, N|1, T|1, S']`, added to the logits.
         sinks: float32 `[B|1, N]`.
+        key_bounds: int32 `[B, T, 2]`: of each query, the first position it may see and the one
+            behind the last.
+        alibi_slopes: float32 `[B|1, N]`: `-slope * |query position - key position|` is added to the
+            logits, with the bias.
 
     S' covers the keys a query can see: S, or S + T with the new keys last when they are beside.
     """
@@ -41,6 +45,8 @@ class Operands:
     mask: Leaf | None = None
     bias: Leaf | None = None
     sinks: Leaf | None = None
+    key_bounds: Leaf | None = None
+    alibi_slopes: Leaf | None = None
 
 
 jax.tree_util.register_dataclass(
@@ -55,9 +61,10 @@ _PER_ROW = (
     "starts",
     "query_positions",
     "key_positions",
+    "key_bounds",
 )
-_PER_ROW_OR_SHARED = ("mask", "bias", "sinks")
-_HEAD_AXIS = {"query": 2, "mask": 1, "bias": 1, "sinks": 1}
+_PER_ROW_OR_SHARED = ("mask", "bias", "sinks", "alibi_slopes")
+_HEAD_AXIS = {"query": 2, "mask": 1, "bias": 1, "sinks": 1, "alibi_slopes": 1}
 
 
 def maps_heads_only(axes: Operands) -> bool:

@@ -28,30 +28,36 @@ from jax_tkg.operands import (
     maps_heads_only,
     unfold_heads,
 )
-from jax_tkg.problem import AttentionProblem
+from jax_tkg.problem import AttentionProblem, Op
 
-attention_tkg_p = Primitive("attention_tkg")
-attention_tkg_p.multiple_results = True
+_PRIMITIVES = {op: Primitive(op.value) for op in Op}
 
 
 def bind(
     problem: AttentionProblem, tried: tuple[Implementation, ...], ops: Operands
-) -> tuple[Array, Array]:
-    """The primitive on a problem's operands: output in the query's dtype, and the log-sum-exp."""
+) -> tuple[Array, ...]:
+    """The op's primitive on a problem's operands.
+
+    Returns:
+        Output in the query's dtype and log-sum-exp; of a problem that is not normalised, output,
+        maximum and sum in float32.
+    """
     leaves, tree = jax.tree.flatten(ops)
-    out, lse = attention_tkg_p.bind(*leaves, tree=tree, problem=problem, tried=tried)
-    return out, lse
+    primitive = _PRIMITIVES[problem.op]
+    return tuple(primitive.bind(*leaves, tree=tree, problem=problem, tried=tried))
 
 
 # --- abstract evaluation
 
 
-@attention_tkg_p.def_abstract_eval
 def _abstract_eval(*leaves: Any, tree: Any, problem: AttentionProblem, **_: Any) -> Any:
     query = jax.tree.unflatten(tree, leaves).query
     rows = query.shape[:3]
-    out = _compat.like_query(query, (*rows, problem.value_head_dim), problem.query_dtype)
-    return out, _compat.like_query(query, rows, np.dtype(np.float32))
+    float32 = np.dtype(np.float32)
+    dtype = problem.query_dtype if problem.normalize else float32
+    out = _compat.like_query(query, (*rows, problem.value_head_dim), dtype)
+    of_rows = _compat.like_query(query, rows, float32)
+    return (out, of_rows) if problem.normalize else (out, of_rows, of_rows)
 
 
 # --- lowering
@@ -63,14 +69,35 @@ def _run(
     problem: AttentionProblem,
     tried: tuple[Implementation, ...],
     target: Target,
-) -> tuple[Array, Array]:
-    chosen = choose(problem, target, tried).require()
-    with jax.named_scope(f"attention_tkg[{chosen.name}]"), _compat.no_explicit_mesh():
-        out, lse = chosen.run(problem, jax.tree.unflatten(tree, leaves), target)
-        return out.astype(problem.query_dtype), lse
+) -> tuple[Array, ...]:
+    """What is chosen for the platform; for several that differ in it, a branch for each."""
+    platforms: dict[Implementation, tuple[str, ...]] = {}
+    for platform in target.platforms:
+        chosen = choose(problem, replace(target, platforms=(platform,)), tried).require()
+        platforms[chosen] = (*platforms.get(chosen, ()), platform)
+    branches = {
+        platform: partial(
+            _run_chosen, chosen, problem, tree, replace(target, platforms=platforms[chosen])
+        )
+        for chosen in platforms
+        for platform in platforms[chosen]
+    }
+    if len(platforms) == 1:
+        return branches[target.platforms[0]](*leaves)
+    return tuple(lax.platform_dependent(*leaves, **branches))
+
+
+def _run_chosen(
+    chosen: Implementation, problem: AttentionProblem, tree: Any, target: Target, *leaves: Array
+) -> tuple[Array, ...]:
+    with jax.named_scope(f"{problem.op}[{chosen.name}]"), _compat.no_explicit_mesh():
+        out, *of_rows = chosen.run(problem, jax.tree.unflatten(tree, leaves), target)
+        return out.astype(problem.query_dtype if problem.normalize else np.float32), *of_rows
 
 
 def _lower(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
+    # Partitioning has no rule of its own: inside shard_map a device's shard arrives here, elsewhere
+    # the compiler splits what it can see into. A kernel is opaque to it, and refuses that target.
     platforms = tuple(ctx.platforms or ctx.module_context.platforms)
     target = Target(platforms, auto_partitioned=_compat.is_auto_partitioned(ctx))
     lower = mlir.lower_fun(partial(_run, target=target), multiple_results=True)
@@ -79,13 +106,11 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
     return lower(plain, *values, **params)
 
 
-mlir.register_lowering(attention_tkg_p, _lower)
+@partial(jax.jit, static_argnames=("tree", "problem", "tried"))
+def _compiled(*leaves: Array, problem: AttentionProblem, **params: Any) -> Any:
+    return _PRIMITIVES[problem.op].bind(*leaves, problem=problem, **params)
 
 
-_compiled = jax.jit(attention_tkg_p.bind, static_argnames=("tree", "problem", "tried"))
-
-
-@attention_tkg_p.def_impl
 def _eager(*leaves: Array, **params: Any) -> Any:
     with jax.disable_jit(False):  # or it would come back here
         return _compiled(*leaves, **params)
@@ -112,8 +137,9 @@ def _batch(
     def attend_copies(*leaves: Array) -> list[Array]:
         return attend(problem, tried, jax.tree.unflatten(tree, leaves), axes, size)
 
-    shardings = [sharding, sharding]
-    return _compat.partitioned_by_compiler(attend_copies, shardings, *leaves), [0, 0]
+    shardings = [sharding] * (2 if problem.normalize else 3)
+    results = _compat.partitioned_by_compiler(attend_copies, shardings, *leaves)
+    return results, [0] * len(results)
 
 
 def _attend_in_heads(
@@ -143,7 +169,7 @@ def _attend_in_turn(
     dims = tree.flatten_up_to(axes)  # type: ignore[attr-defined]
     own = [jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True) if d is not None]
 
-    def attend_one(own: list[Array]) -> tuple[Array, Array]:
+    def attend_one(own: list[Array]) -> tuple[Array, ...]:
         given = iter(own)
         filled = [x if d is None else next(given) for x, d in zip(leaves, dims, strict=True)]
         return bind(problem, tried, jax.tree.unflatten(tree, filled))
@@ -156,7 +182,14 @@ def _with_dense_of(ops: Operands, problem: AttentionProblem) -> AttentionProblem
     return replace(problem, mask=mask, bias=bias)
 
 
-batching.primitive_batchers[attention_tkg_p] = _batch
+# --- the primitives, one for each op
+
+for _primitive in _PRIMITIVES.values():
+    _primitive.multiple_results = True
+    _primitive.def_abstract_eval(_abstract_eval)
+    _primitive.def_impl(_eager)
+    mlir.register_lowering(_primitive, _lower)
+    batching.primitive_batchers[_primitive] = _batch
 
 
 # --- differentiation: recomputation from the log-sum-exp
@@ -164,7 +197,7 @@ batching.primitive_batchers[attention_tkg_p] = _batch
 
 def attend(
     problem: AttentionProblem, tried: tuple[Implementation, ...], ops: Operands
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """The op on validated operands, differentiable in reverse mode.
 
     Operands that are replicated over a manual axis become varying here, outside the custom rule, so
@@ -177,28 +210,30 @@ def attend(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
     problem: AttentionProblem, tried: tuple[Implementation, ...], ops: Operands
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     return bind(problem, tried, ops)
 
 
 def _attend_forward(
     problem: AttentionProblem, tried: tuple[Implementation, ...], ops: Operands
-) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
-    out, lse = _attend(problem, tried, ops)
-    out = checkpoint_name(out, "attention_tkg_out")
-    lse = checkpoint_name(lse, "attention_tkg_lse")
-    return (out, lse), (ops, out, lse)
+) -> tuple[tuple[Array, ...], tuple[Operands, tuple[Array, ...]]]:
+    names = ("out", "lse") if problem.normalize else ("out", "max", "sum")
+    found = _attend(problem, tried, ops)
+    found = tuple(
+        checkpoint_name(x, f"{problem.op}_{name}") for x, name in zip(found, names, strict=True)
+    )
+    return found, (ops, found)
 
 
 def _attend_backward(
     problem: AttentionProblem,
     tried: tuple[Implementation, ...],
-    residuals: tuple[Operands, Array, Array],
-    cotangents: tuple[Array, Array],
+    residuals: tuple[Operands, tuple[Array, ...]],
+    cotangents: tuple[Array, ...],
 ) -> tuple[Operands]:
     del tried
     ops = residuals[0]
-    arrays, tree = jax.tree.flatten((*residuals, *cotangents))
+    arrays, tree = jax.tree.flatten((*residuals, tuple(cotangents)))
     floats = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, ops)
     wanted, wanted_tree = jax.tree.flatten(floats)
 

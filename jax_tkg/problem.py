@@ -4,6 +4,7 @@ Every error a user can cause is raised here, before anything is traced or compil
 frozen and hashable: it is the static part of a call, and all that a plan may depend on.
 """
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ QUERY_DTYPES: tuple[np.dtype, ...] = tuple(
 Shape = tuple[int, ...]
 
 
+class Op(enum.StrEnum):
+    """The public op that asks: each has its own implementations."""
+
+    TKG = "attention_tkg"
+    CTE = "attention_cte"
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """What is to be computed.
@@ -33,6 +41,7 @@ class AttentionProblem:
     Hv value head_dim.
 
     Attributes:
+        op: the public op.
         batch, num_tokens, kv_len, num_heads, num_kv_heads, head_dim, value_head_dim: B T S N K H
             Hv.
         query_dtype: dtype of the query and of the output.
@@ -46,8 +55,13 @@ class AttentionProblem:
         has_query_positions: the new tokens sit at given positions.
         mask, bias: shapes of a dense mask and bias, or None.
         has_sinks: each head has a sink logit.
+        has_key_bounds: each query sees only a given range of positions.
+        has_alibi: each head has a slope of a bias linear in the distance.
+        normalize: the results are output and log-sum-exp; otherwise the output before the division,
+            the reference of the exponentials and their sum (see `SoftmaxState`).
     """
 
+    op: Op
     batch: int
     num_tokens: int
     kv_len: int
@@ -68,6 +82,9 @@ class AttentionProblem:
     mask: Shape | None
     bias: Shape | None
     has_sinks: bool
+    has_key_bounds: bool
+    has_alibi: bool
+    normalize: bool
 
     @property
     def group(self) -> int:
@@ -93,6 +110,7 @@ class AttentionProblem:
             or self.has_starts
             or self.has_positions
             or (self.has_query_positions and self.rule.causal)
+            or self.has_key_bounds
             or self.mask is not None
             or self.kv.has_holes
             or self.rule.window is not None
@@ -117,7 +135,10 @@ class AttentionProblem:
             "mask": self.mask is not None,
             "bias": self.bias is not None,
             "sinks": self.has_sinks,
+            "key bounds": self.has_key_bounds,
+            "ALiBi": self.has_alibi,
             f"soft cap {self.logits_soft_cap}": self.logits_soft_cap is not None,
+            "unnormalised": not self.normalize,
         }
         used = ", ".join(name for name, on in features.items() if on)
         return f"{sizes} {self.query_dtype.name} on {self.kv.dtype.name} {self.kv.name}: {used}"
@@ -126,6 +147,8 @@ class AttentionProblem:
 def make_problem(
     ops: Operands,
     *,
+    op: Op,
+    normalize: bool,
     scale: float | None,
     logits_soft_cap: float | None,
     local_window_size: int | Sequence[int | None] | None,
@@ -149,6 +172,7 @@ def make_problem(
     for name in ("mask", "bias"):
         _check_dense(name, getattr(ops, name), (query[0], query[2], query[1], keys))
     return AttentionProblem(
+        op=op,
         batch=query[0],
         num_tokens=query[1],
         kv_len=kv.kv_len,
@@ -160,7 +184,10 @@ def make_problem(
         kv=ops.kv.traits,
         scale=_scale(query[3] ** -0.5 if scale is None else scale),
         logits_soft_cap=_soft_cap(logits_soft_cap),
-        rule=PositionRule(causal=_causal(is_causal), window=make_window(local_window_size)),
+        rule=PositionRule(
+            causal=_python_bool("is_causal", is_causal, "Give a traced choice as mask=."),
+            window=make_window(local_window_size),
+        ),
         has_new_kv=ops.new_key is not None,
         has_lengths=ops.lengths is not None,
         has_starts=ops.starts is not None,
@@ -169,6 +196,9 @@ def make_problem(
         mask=None if ops.mask is None else tuple(ops.mask.shape),
         bias=None if ops.bias is None else tuple(ops.bias.shape),
         has_sinks=ops.sinks is not None,
+        has_key_bounds=ops.key_bounds is not None,
+        has_alibi=ops.alibi_slopes is not None,
+        normalize=_python_bool("normalize", normalize, "Divide the state yourself where traced."),
     )
 
 
@@ -201,7 +231,7 @@ def _check_dtypes(ops: Operands) -> None:
             f"a layout of dtype {ops.kv.dtype.name} must hold arrays of {ops.kv.dtype.name}, or "
             f"its bits as {stored.name}; got {ops.kv.key.dtype}. Cast them, or correct the dtype."
         )
-    for name in ("new_key", "new_value", "bias", "sinks"):
+    for name in ("new_key", "new_value", "bias", "sinks", "alibi_slopes"):
         array = getattr(ops, name)
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be a float array, got {array.dtype}.")
@@ -210,7 +240,7 @@ def _check_dtypes(ops: Operands) -> None:
             f"mask must be bool (True where a query sees a key), got {ops.mask.dtype}. "
             "Give numbers to add to the logits as bias=."
         )
-    for name in ("lengths", "starts", "query_positions", "key_positions"):
+    for name in ("lengths", "starts", "query_positions", "key_positions", "key_bounds"):
         array = getattr(ops, name)
         if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{_PUBLIC.get(name, name)} must be integers, got {array.dtype}.")
@@ -222,6 +252,7 @@ _AXES = {
     "starts": "[B]",
     "query_positions": "[B, T]",
     "key_positions": "[B, S]",
+    "key_bounds": "[B, T, 2]",
 }
 
 
@@ -305,6 +336,7 @@ def _check_rows(ops: Operands) -> None:
         "starts": (batch,),
         "query_positions": (batch, tokens),
         "key_positions": (batch, slots),
+        "key_bounds": (batch, tokens, 2),
     }
     for name, shape in needed.items():
         array = getattr(ops, name)
@@ -314,13 +346,15 @@ def _check_rows(ops: Operands) -> None:
                 f"got {tuple(array.shape)} ({_describe(ops)})."
             )
     heads = ops.query.shape[2]
-    if ops.sinks is not None and (
-        ops.sinks.ndim != 2 or ops.sinks.shape[0] not in (1, batch) or ops.sinks.shape[1] != heads
-    ):
-        raise ValueError(
-            f"sinks must be [N] = ({heads},), one logit per query head; "
-            f"got {tuple(ops.sinks.shape[1:])} ({_describe(ops)})."
-        )
+    for name, what in (("sinks", "logit"), ("alibi_slopes", "slope")):
+        array = getattr(ops, name)
+        if array is not None and (
+            array.ndim != 2 or array.shape[0] not in (1, batch) or array.shape[1] != heads
+        ):
+            raise ValueError(
+                f"{name} must be [N] = ({heads},), one {what} per query head; "
+                f"got {tuple(array.shape[1:])} ({_describe(ops)})."
+            )
     if ops.key_positions is not None and ops.lengths is None:
         raise ValueError(
             "key_positions needs key_value_seq_lengths: the number of tokens of each row says at "
@@ -378,11 +412,9 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer) and math.isfinite(value)
 
 
-def _causal(value: Any) -> bool:
+def _python_bool(name: str, value: Any, instead: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            f"is_causal must be a Python bool, got {value!r}. Give a traced choice as mask=."
-        )
+        raise TypeError(f"{name} must be a Python bool, got {value!r}. {instead}")
     return bool(value)
 
 

@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_tkg._typing import Array, Float
+from jax_tkg._typing import Array
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
+from jax_tkg.softmax import LOWEST
 
 
-def attend_reference(
-    problem: AttentionProblem, ops: Operands
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Attention in float32 and its log-sum-exp, by softmax over the whole row."""
+def attend_reference(problem: AttentionProblem, ops: Operands) -> tuple[Array, ...]:
+    """Attention in float32 by softmax over the whole row; results as `Implementation.run`."""
     p, tokens = problem, problem.num_tokens
     keys, values = (jnp.moveaxis(x, 1, 2) for x in ops.kv.dense(np.dtype(np.float32)))  # BSKH
     slots = jnp.broadcast_to(jnp.arange(p.kv_len), (p.batch, p.kv_len))
@@ -40,6 +39,9 @@ def attend_reference(
     if (window := p.rule.window) is not None:
         seen &= (window.left is None) | (k_at >= q_at - (window.left or 0))
         seen &= (window.right is None) | (k_at <= q_at + (window.right or 0))
+    if ops.key_bounds is not None:
+        low, high = jnp.moveaxis(ops.key_bounds, 2, 0)[..., None]
+        seen &= (k_at >= low) & (k_at < high)
     seen = seen[:, None] if ops.mask is None else seen[:, None] & ops.mask  # [B, N or 1, T, S]
     seen_by_any = jnp.broadcast_to(seen, (p.batch, p.num_heads, tokens, seen.shape[-1]))
     grouped = seen_by_any.reshape(p.batch, p.num_kv_heads, -1, seen.shape[-1]).any(2)
@@ -51,16 +53,22 @@ def attend_reference(
     if p.logits_soft_cap is not None:
         logits = p.logits_soft_cap * jnp.tanh(logits / p.logits_soft_cap)
     logits = logits if ops.bias is None else logits + ops.bias.astype(jnp.float32)
+    if ops.alibi_slopes is not None:
+        far = jnp.abs(q_at - k_at)[:, None].astype(jnp.float32)
+        logits = logits - ops.alibi_slopes[:, :, None, None].astype(jnp.float32) * far
     top = float(np.finfo(np.float32).max)
     logits = jnp.where(seen, jnp.minimum(logits, top), -jnp.inf)
     if ops.sinks is not None:
         sink = jnp.broadcast_to(ops.sinks[:, :, None, None], (*logits.shape[:3], 1))
         logits = jnp.concatenate([logits, sink.astype(jnp.float32)], -1)
-    peak = jnp.max(logits, -1, keepdims=True)
+    # The results do not depend on it; through it, autodiff asks which logit equals it once more.
+    peak = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     empty = peak == -jnp.inf
     weights = jnp.exp(logits - jnp.where(empty, 0, peak))
     sums = jnp.sum(weights, -1, keepdims=True)
-    weights = (weights / jnp.where(empty, 1, sums))[..., : values.shape[1]]
+    divisor = jnp.where(empty, 1, sums) if p.normalize else 1
+    weights = (weights / divisor)[..., : values.shape[1]]
     out = jnp.einsum("bnts,bsnh->btnh", weights, values, precision=exact)
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, sums)))
-    return out, jnp.moveaxis(lse[..., 0], 1, 2)
+    of_rows = (lse,) if p.normalize else (jnp.where(empty, LOWEST, peak), sums)
+    return out, *(jnp.moveaxis(x[..., 0], 1, 2) for x in of_rows)

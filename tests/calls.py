@@ -11,6 +11,7 @@ import numpy as np
 
 import jax_tkg
 from jax_tkg.attention import prepare
+from jax_tkg.problem import Op
 from jax_tkg.reference import attend_reference
 from tests.cases import Case, inputs
 from tests.conformance import jax_arguments
@@ -44,12 +45,13 @@ def make_call(case: Case, implementation: Any = None) -> Call:
     arrays = {name: x for name, x in given.items() if x is not None}
 
     def ours(arrays: Arrays) -> Results:
-        return jax_tkg.attention_tkg(  # type: ignore[no-any-return]
+        attend = getattr(jax_tkg, case.op)
+        return attend(  # type: ignore[no-any-return]
             **arrays, **static, return_residual=True, implementation=implementation
         )
 
     def oracle(arrays: Arrays) -> Results:
-        out, lse = attend_reference(*prepare(**arrays, **static))
+        out, lse = attend_reference(*prepare(op=Op(case.op), **arrays, **static))
         return out.astype(arrays["query"].dtype), lse
 
     return Call(arrays, jax.tree.map(without_nan, arrays), ours, oracle)

@@ -61,6 +61,10 @@ class Case:
         beside: the new keys are not yet in the cache.
         mask, bias: None, "full" `[B, N, T, S']` or "shared" `[1, 1, T, S']`; bias also "alibi".
         sinks, cap, window, causal, scale, rope: as in `attention_tkg`.
+        op: "attention_tkg" or "attention_cte"; what follows is for the latter.
+        bounds: None, "packed" sequences that the queries stay in, or "random" ranges of keys.
+        slopes: ALiBi from slopes.
+        unnormalised: as a state, divided afterwards.
         growth: how much larger keys are at the end of the row than at its start, around 1: the
             running maximum moves with every tile. Below 1 it never does.
         peak: size of the largest keys.
@@ -94,6 +98,10 @@ class Case:
     causal: bool = True
     scale: float | None = None
     rope: RotaryEmbedding | None = None
+    op: str = "attention_tkg"
+    bounds: str | None = None
+    slopes: bool = False
+    unnormalised: bool = False
     growth: float = 4.0
     peak: float = 2.0
     slow: bool = False
@@ -212,12 +220,15 @@ def _possible(options: dict[str, Any]) -> bool:
     )
 
 
-def _pairwise() -> tuple[Case, ...]:
-    """Greedy: each case starts with a pair not yet met and then meets as many others as it can."""
-    values = [(name, i) for name, of in OPTIONS.items() for i in range(len(of))]
+def pairwise(options: dict[str, tuple[Any, ...]], prefix: str, **common: Any) -> tuple[Case, ...]:
+    """Cases in which any two values of two options meet, with `common` fields.
+
+    Greedy: each case starts with a pair not yet met and then meets as many others as it can.
+    """
+    values = [(name, i) for name, of in options.items() for i in range(len(of))]
 
     def chosen(picks: dict[str, int]) -> dict[str, Any]:
-        return {name: OPTIONS[name][i] for name, i in picks.items()}
+        return {name: options[name][i] for name, i in picks.items()}
 
     missing = {
         frozenset(pair)
@@ -227,10 +238,10 @@ def _pairwise() -> tuple[Case, ...]:
     cases: list[Case] = []
     while missing:
         picks = dict(min(missing, key=sorted))
-        for name in OPTIONS:
+        for name in options:
             if name not in picks:
                 able = [
-                    i for i in range(len(OPTIONS[name])) if _possible(chosen({**picks, name: i}))
+                    i for i in range(len(options[name])) if _possible(chosen({**picks, name: i}))
                 ]
                 met = [
                     sum(frozenset((one, (name, i))) in missing for one in picks.items())
@@ -240,15 +251,15 @@ def _pairwise() -> tuple[Case, ...]:
                 turn = [(m, -((i - len(cases)) % len(able))) for i, m in enumerate(met)]
                 picks[name] = able[turn.index(max(turn))]
         missing -= {frozenset(pair) for pair in itertools.combinations(picks.items(), 2)}
-        cases.append(_from_options(len(cases), chosen(picks)))
+        cases.append(_from_options(f"{prefix}{len(cases):02d}", chosen(picks) | common))
     return tuple(cases)
 
 
-def _from_options(number: int, options: dict[str, Any]) -> Case:
+def _from_options(prefix: str, options: dict[str, Any]) -> Case:
     store, holder = options.pop("store"), options.pop("holder")
     head_dim, value_head_dim = options.pop("widths")
     heads, kv_heads = options.pop("head_counts")
-    name = f"pairs{number:02d}-{store['layout']}-{options['cache_dtype']}"
+    name = f"{prefix}-{store['layout']}-{options['cache_dtype']}"
     fields = {"holder": holder, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     return Case(name, value_head_dim=value_head_dim, **{**fields, **store, **options})
 
@@ -302,7 +313,7 @@ def _from_grid(number: int, row: dict[str, str]) -> Case:
     )
 
 
-PAIRWISE = _pairwise()
+PAIRWISE = pairwise(OPTIONS, "pairs")
 GRID = _grid()
 CASES = (*BY_HAND, *PAIRWISE, *GRID)
 
@@ -340,6 +351,7 @@ def inputs(case: Case) -> Inputs:
             new_value=normal(*heads, width).astype(dtype),
         )
     made = replace(made, **_live_range(case, rng))
+    made = replace(made, key_bounds=_bounds(case, made, rng), alibi_slopes=_slopes(case))
     made = replace(made, mask=_mask(case, made, rng), bias=_bias(case, made, rng))
     if case.rows == "mask":
         made = replace(made, key_value_seq_lengths=None)
@@ -376,6 +388,29 @@ def _live_range(case: Case, rng: np.random.Generator) -> dict[str, Array]:
         held = cached - 1 - (cached - 1 - slots) % case.capacity
         given["key_positions"] = np.where(held >= 0, held, -1).astype(np.int32)
     return given
+
+
+def _bounds(case: Case, made: Inputs, rng: np.random.Generator) -> Array | None:
+    if case.bounds is None:
+        return None
+    rows = []
+    for b in range(case.batch):
+        at = visible(made, b)[0]
+        longest = int(max(at.max(initial=0), 0)) + 1
+        if case.bounds == "packed":
+            cuts = np.unique([0, *rng.integers(0, longest, 3), longest])
+            segment = np.clip(np.searchsorted(cuts, at, side="right") - 1, 0, len(cuts) - 2)
+            rows.append(np.stack([cuts[segment], cuts[segment + 1]], axis=1))
+        else:
+            rows.append(rng.integers(-longest // 2, longest + 2, (case.tokens, 2)))
+            rows[-1][: case.tokens // 2].sort(axis=1)
+    return np.stack(rows).astype(np.int32)
+
+
+def _slopes(case: Case) -> Array | None:
+    if not case.slopes:
+        return None
+    return 2.0 ** -(8 * (1 + np.arange(case.heads, dtype=np.float32)) / case.heads)
 
 
 def _dense_shape(case: Case, kind: str) -> tuple[int, ...]:

@@ -24,12 +24,12 @@ import pytest
 
 import jax_tkg
 from jax_tkg.cache.layouts import DENSE_LAYOUTS
-from jax_tkg.implementations import IMPLEMENTATIONS, Implementation
+from jax_tkg.implementations import Implementation, candidates
 from jax_tkg.online.blocks import attend_blocks
 from jax_tkg.online.plan import Form, OnlinePlan, Target, make_plan
 from jax_tkg.online.rows import attend_rows
 from jax_tkg.operands import Operands
-from jax_tkg.problem import AttentionProblem
+from jax_tkg.problem import AttentionProblem, Op
 from tests import oracle
 from tests.cases import Case, inputs
 from tests.oracle import Array, Inputs
@@ -40,9 +40,20 @@ FACTOR = 2
 _STATIC = ("scale", "is_causal", "local_window_size", "logits_soft_cap", "rope")
 
 
+def _attend(*args: Any, op: str = "attention_tkg", normalize: bool = True, **options: Any) -> Any:
+    """The public op; of a state, what `finalize` gives."""
+    if normalize:
+        return getattr(jax_tkg, op)(*args, **options)
+    assert options.pop("return_residual")
+    found = jax_tkg.attention_cte(*args, **options, normalize=False)
+    state, *keys = found if isinstance(found, tuple) else (found,)
+    out, lse = state.finalize()
+    return out.astype(options["query"].dtype), lse, *keys
+
+
 def _jitted(**options: Any) -> Any:
-    static = (*_STATIC, "return_residual", "implementation")
-    return jax.jit(jax_tkg.attention_tkg, static_argnames=static, compiler_options=options)
+    static = (*_STATIC, "op", "normalize", "return_residual", "implementation")
+    return jax.jit(_attend, static_argnames=static, compiler_options=options)
 
 
 run_optimised = _jitted()
@@ -66,11 +77,16 @@ def check(case: Case, implementation: str | Implementation) -> None:
     """
     given, (exact, naive_out, naive_lse) = _expected(case)
     arguments = jax_arguments(case, given)
-    explained = jax_tkg.explain(**arguments, implementation=implementation)
-    named = IMPLEMENTATIONS.get(implementation, implementation)  # type: ignore[call-overload]
-    assert explained.implementation == named.name
+    explained = jax_tkg.explain(**arguments, op=case.op, implementation=implementation)
+    assert explained.implementation == candidates(implementation, Op(case.op))[0].name
     run = run_optimised if case.slow else run_small
-    out, lse, *keys = run(**arguments, return_residual=True, implementation=implementation)
+    out, lse, *keys = run(
+        **arguments,
+        op=case.op,
+        normalize=not case.unnormalised,
+        return_residual=True,
+        implementation=implementation,
+    )
 
     chex.assert_shape(out, exact.out.shape)
     chex.assert_type([out, lse], [given.query.dtype, jnp.float32])
@@ -147,10 +163,12 @@ def _check_rotated(given: Inputs, keys: jax.Array) -> None:
 
 
 def jax_arguments(case: Case, given: Inputs) -> dict[str, Any]:
-    """Keyword arguments of `attention_tkg`, with keys and values held as the case says."""
+    """Keyword arguments of the op, with keys and values held as the case says."""
     stored = ("key", "value", "page_indices", "k_scale", "v_scale")
     rest = {f.name: getattr(given, f.name) for f in fields(given) if f.name not in stored}
     rest = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in rest.items()}
+    if case.op == "attention_tkg":
+        assert rest.pop("key_bounds") is rest.pop("alibi_slopes") is None
     if case.holder == "arrays":
         arrays = {n: getattr(given, n) for n in stored if getattr(given, n) is not None}
         return rest | {n: jnp.asarray(x) for n, x in arrays.items()}

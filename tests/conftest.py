@@ -40,7 +40,8 @@ except ImportError as error:
 # From here on functions of jax_tkg check their annotations when called. As in mypy, an int may
 # stand where a float is asked for. Self means nothing to a checker of functions outside a class.
 # Kernels and their interpreter have no array shapes to check, and make very many calls.
-UNCHECKED = ("jax_tkg.nki.interpreter", "jax_tkg.nki.steps", "jax_tkg.nki.attention_tkg")
+KERNELS = ("attention_tkg", "append", "cte", "ladder", "mask", "rope", "rows", "steps")
+UNCHECKED = ("jax_tkg.nki.interpreter", *(f"jax_tkg.nki.{name}" for name in KERNELS))
 PACKAGE = pathlib.Path(__file__).parents[1] / "jax_tkg"
 MODULES = sorted(
     f"jax_tkg.{file.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"

@@ -40,6 +40,8 @@ class Inputs:
     mask: Array | None = None
     bias: Array | None = None
     sinks: Array | None = None
+    key_bounds: Array | None = None
+    alibi_slopes: Array | None = None
     scale: float | None = None
     is_causal: bool = True
     local_window_size: int | tuple[int | None, int | None] | None = None
@@ -142,7 +144,7 @@ def _row_attention(inputs: Inputs, row: Row) -> Exact:
 def rows(inputs: Inputs, *, round_rotated: bool = False) -> Iterator[Row]:
     """Each sequence; with `round_rotated`, rotated arrays are rounded to the dtype they came in."""
     for b in range(inputs.query.shape[0]):
-        query_at, _, seen = visible(inputs, b)
+        query_at, key_at, seen = visible(inputs, b)
         key = _cached(inputs, inputs.key, inputs.k_scale, b)
         value = _cached(inputs, inputs.value, inputs.v_scale, b)
         query = inputs.query[b].astype(np.float64)
@@ -162,6 +164,9 @@ def rows(inputs: Inputs, *, round_rotated: bool = False) -> Iterator[Row]:
         bias = np.zeros(())
         if inputs.bias is not None:
             bias = _of_row(inputs.bias, b).astype(np.float64)
+        if inputs.alibi_slopes is not None:
+            distance = np.abs(query_at[:, None] - key_at)
+            bias = bias - inputs.alibi_slopes.astype(np.float64)[:, None, None] * distance
         yield Row(query, key, value, seen, np.broadcast_to(bias, seen.shape))
 
 
@@ -203,6 +208,9 @@ def visible(inputs: Inputs, b: int) -> tuple[Array, Array, Array]:
             near &= key_at >= here - left
         if right is not None:
             near &= key_at <= here + right
+        if inputs.key_bounds is not None:
+            first, behind = inputs.key_bounds[b, t]
+            near &= (key_at >= first) & (key_at < behind)
         seen[:, t] = near
     if inputs.mask is not None:
         seen &= _of_row(inputs.mask, b)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import jax_tkg
 from jax_tkg import IMPLEMENTATIONS, AttentionProblem, Implementation, Target
@@ -73,7 +74,7 @@ def test_protocol() -> None:
         assert implementation.name == name
         hash(implementation)
     assert isinstance(TPU_ONLY, Implementation)
-    assert {"xla", "reference"} <= set(IMPLEMENTATIONS)
+    assert {"nki", "xla", "reference"} <= set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +111,37 @@ def test_a_change_of_implementation_is_a_change_of_program() -> None:
     assert outputs == [5.0, 1.0, 5.0]
 
 
-def test_each_platform_of_an_export_counts() -> None:
-    """One body serves all platforms, so what is for one of them alone does not run."""
-    traced = jax.jit(lambda: attend((TPU_ONLY, "xla"))).trace()
-    text = traced.lower(lowering_platforms=("tpu", "cpu")).as_text(debug_info=True)
-    assert "attention_tkg[xla]" in text
+def several(asked: Any, *platforms: str) -> Any:
+    traced = jax.jit(lambda: attend(asked)).trace()
+    return traced.lower(lowering_platforms=platforms)
+
+
+def test_each_platform_of_an_export_has_what_is_for_it() -> None:
+    lowered = several((TPU_ONLY, CPU_ONLY, "xla"), "tpu", "cpu", "cuda")
+    text = lowered.as_text(debug_info=True)
+    for name in ("one-number", "cpu-number", "xla"):
+        assert f"attention_tkg[{name}]" in text
+    assert text.count("stablehlo.case") > several("xla", "tpu", "cpu", "cuda").as_text().count(
+        "stablehlo.case"
+    )
+
+
+def test_platforms_that_agree_share_one_body() -> None:
+    """So that what is for one platform alone is compiled for no other."""
+    text = several((TPU_ONLY, "xla"), "cuda", "cpu").as_text(debug_info=True)
     assert "attention_tkg[one-number]" not in text
+    assert scopes((TPU_ONLY, "xla"), "cpu") == {"xla"}
+
+
+def test_an_export_must_do_for_every_platform() -> None:
+    with pytest.raises(NotImplementedError, match="one-number: is for tpu only"):
+        several(TPU_ONLY, "tpu", "cpu")
+
+
+def test_an_export_runs_the_branch_of_its_platform() -> None:
+    jitted = jax.jit(lambda: attend((TPU_ONLY, CPU_ONLY)))
+    exported = export.export(jitted, platforms=["tpu", "cpu"])()
+    np.testing.assert_array_equal(exported.call(), CPU_ONLY.number)
 
 
 def test_gradient_and_vmap_run_it_too() -> None:
@@ -203,6 +229,7 @@ def test_explain_for_another_platform() -> None:
         platform="neuron",
     )
     assert "constant trip count" in str(neuron)
+    assert "not nki: no NKI compiler" in str(neuron)
 
 
 def test_explain_when_none_can() -> None:

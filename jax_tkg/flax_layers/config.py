@@ -12,7 +12,7 @@ from jax_tkg.implementations import Implementation
 from jax_tkg.rope import RotaryEmbedding
 
 StaticImplementation = str | Implementation | tuple[str | Implementation, ...] | None
-"""`implementation=` of `attention_tkg`, in its hashable forms."""
+"""`implementation=` of `attention_tkg` and `attention_cte`, in its hashable forms."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class AttentionConfig:
         use_sinks: whether each query head has a learned sink logit.
         logits_soft_cap: c in `c * tanh(logit / c)`.
         scale: factor of the logits, by default 1 / sqrt(H).
-        implementation: as for `jax_tkg.attention_tkg`, a sequence as a tuple.
+        implementation: as for `jax_tkg.attention_tkg`, a sequence as a tuple; names count for
+            `jax_tkg.attention_cte` too, which takes in prompts.
 
     Raises:
         ValueError: for sizes that do not fit together.

@@ -11,6 +11,10 @@ from jax_tkg._typing import Array, Float, Int
 from jax_tkg.attention import attention_tkg
 from jax_tkg.cache.kv_cache import KVCache, RingKVCache
 from jax_tkg.flax_layers.config import AttentionConfig, ring_capacity
+from jax_tkg.prefill.attention import attention_cte
+
+PROMPT_TOKENS = 16
+"""So many tokens at once are a prompt or a chunk of one, for the prefill op; fewer are decoded."""
 
 
 def float32_dot_general(
@@ -116,7 +120,8 @@ def attention_layer(
         angles = config.rope.cos_sin(positions, config.head_dim)
         query, key = config.rope.rotate(query, *angles), config.rope.rotate(key, *angles)
     cache = cache.append(key, value, counts)
-    mixed = attention_tkg(
+    attend = attention_cte if tokens >= PROMPT_TOKENS else attention_tkg
+    mixed = attend(
         query,
         cache,
         query_positions=None if counts is None else positions,

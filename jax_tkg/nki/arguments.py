@@ -11,8 +11,9 @@ import numpy as np
 
 from jax_tkg._typing import Array
 from jax_tkg.cache import storage
+from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.cache.paged import Paged
-from jax_tkg.masks import NO_POSITION, PositionRule, default_query_positions
+from jax_tkg.masks import default_query_positions
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import HIGHEST
@@ -20,7 +21,8 @@ from jax_tkg.softmax import HIGHEST
 if TYPE_CHECKING:
     from jax_tkg.nki.plan import KernelPlan
 
-MAX_ROWS = 128
+MAX_TOKENS = 512
+NO_PAGE = -1
 LAYOUTS = ("BSKH", "BKSH", "BKHS", "paged")
 
 
@@ -28,118 +30,59 @@ def kernel_limits(problem: AttentionProblem) -> str | None:
     """What the kernel cannot do of a problem, in words; None if it can do all."""
     if problem.kv.name not in LAYOUTS:
         return f"the kernel takes caches in {', '.join(LAYOUTS)}, not {problem.kv.name}"
-    if problem.rows_per_head > MAX_ROWS:
-        return (
-            f"G * T = {problem.rows_per_head} rows share a KV head; the kernel takes at most "
-            f"{MAX_ROWS}"
-        )
+    if problem.num_tokens > MAX_TOKENS:
+        return f"T = {problem.num_tokens} new tokens; the kernel takes at most {MAX_TOKENS}"
     return None
 
 
-def visible_positions(
-    rule: PositionRule, query_positions: Array, start: Array, end: Array
-) -> Array:
-    """First position that each query sees, and the one behind the last: float32 `[2, B, T]`.
+def plan_kernel(
+    problem: AttentionProblem,
+    programs: int,
+    exchange: str,
+    *,
+    unseen_values: str = "any",
+    has_scales: bool = False,
+) -> "KernelPlan":
+    """The kernel's plan of a problem.
 
     Args:
-        rule: causal and window.
-        query_positions: `[B, T]`.
-        start: `[B]`, first position with a key.
-        end: `[B]`, behind the last.
+        problem: what is to be computed.
+        programs: 2 as on a logical core of two, or 1.
+        exchange: of two programs that share a sequence: "deferred" or "every tile".
+        unseen_values: what values may be in slots that no query sees: "any", NaN too, or "finite",
+            as other kernels demand it; that saves the work of clearing them.
+        has_scales: keys or values are stored with a scale.
+
+    Raises:
+        ValueError: for an option that does not exist.
     """
-    low = jnp.broadcast_to(jnp.maximum(start, 0)[:, None], query_positions.shape)
-    high = jnp.broadcast_to(end[:, None], query_positions.shape)
-    if rule.causal:
-        high = jnp.minimum(high, query_positions + 1)
-    if rule.window is not None:
-        if rule.window.left is not None:
-            low = jnp.maximum(low, query_positions - rule.window.left)
-        if rule.window.right is not None:
-            high = jnp.minimum(high, query_positions + rule.window.right + 1)
-    return jnp.stack([low, high]).astype(jnp.float32)
+    if unseen_values not in ("any", "finite"):
+        raise ValueError(f"unseen_values {unseen_values!r}: must be 'any' or 'finite'.")
+    from jax_tkg.nki.plan import Features, make_plan
 
-
-def kernel_arguments(problem: AttentionProblem, ops: Operands) -> dict[str, Array]:
-    """The arrays the kernel takes, by name; what the problem does not have is left out.
-
-    Queries and new keys come in the dtype that the kernel computes in.
-    """
-    dtype = problem.compute_dtype
-    zeros = jnp.zeros((problem.batch,), jnp.int32)
-    beside = problem.num_tokens if problem.has_new_kv else 0
-    total = zeros + (problem.kv_len + beside) if ops.lengths is None else ops.lengths
-    start = zeros if ops.starts is None else ops.starts
-    positions = ops.query_positions
-    if positions is None:
-        positions = default_query_positions(total, problem.num_tokens)
-    bounds = visible_positions(problem.rule, positions, start, total - beside)
-    arrays: dict[str, Any] = {
-        "query": ops.query.astype(dtype),
-        "key": storage.logical(ops.kv.key, ops.kv.dtype),
-        "value": storage.logical(ops.kv.value, ops.kv.dtype),
-        "bounds": bounds,
-        "positions": _slot_positions(ops),
-        "page_rows": page_rows(ops.kv) if isinstance(ops.kv, Paged) else None,
-    }
-    if problem.has_new_kv:
-        assert ops.new_key is not None
-        assert ops.new_value is not None
-        arrays["new_key"] = ops.new_key.astype(dtype)
-        arrays["new_value"] = ops.new_value.astype(dtype)
-        arrays["new_bounds"] = visible_positions(problem.rule, positions, start, total)
-        arrays["new_positions"] = positions.astype(jnp.int32)
-    if ops.sinks is not None:
-        rows = (problem.batch, problem.num_heads, problem.num_tokens)
-        sinks = jnp.minimum(ops.sinks.astype(jnp.float32), HIGHEST)
-        arrays["sinks"] = jnp.broadcast_to(sinks[:, :, None], rows).reshape(-1)
-    if ops.mask is not None:
-        arrays["hidden"] = (~ops.mask).astype(jnp.uint8)
-    if ops.bias is not None:
-        arrays["bias"] = ops.bias.astype(jnp.float32)
-    if has_scales(ops):
-        pairs = (problem.batch, problem.num_kv_heads)
-        for name, scale, factor in (
-            ("logit_scales", ops.kv.k_scale, problem.scale),
-            ("value_scales", ops.kv.v_scale, 1.0),
-        ):
-            full = jnp.float32(factor) * (jnp.float32(1) if scale is None else scale)
-            arrays[name] = jnp.broadcast_to(full, pairs).reshape(-1)
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
-def _slot_positions(ops: Operands) -> Array | None:
-    """Position of each slot, -1 where there is none; None where slot s holds position s."""
-    usable, given = ops.kv.usable(), ops.key_positions
-    if usable is None:
-        return given
-    slots = jnp.arange(usable.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(usable, slots if given is None else given, NO_POSITION)
-
-
-def page_rows(kv: Paged) -> Array:
-    """Where a kernel finds every n slots of a paged cache: see `Inputs.page_rows`."""
-    from jax_tkg.nki.plan import paged_run
-
-    _, heads, page_len, _ = kv.key.shape
-    runs = page_len // paged_run(page_len)
-    pages = jnp.maximum(kv.page_indices, 0).astype(jnp.int32)
-    head = jnp.arange(heads, dtype=jnp.int32)[None, :, None, None]
-    run = jnp.arange(runs, dtype=jnp.int32)
-    rows = (pages[:, None, :, None] * heads + head) * runs + run
-    return rows.reshape(pages.shape[0], heads, -1)
-
-
-def has_scales(ops: Operands) -> bool:
-    """Whether keys or values are stored with a scale."""
-    return ops.kv.k_scale is not None or ops.kv.v_scale is not None
-
-
-def plan_kernel(
-    problem: AttentionProblem, programs: int, exchange: str, *, has_scales: bool = False
-) -> "KernelPlan":
-    """The kernel's plan of a problem."""
-    from jax_tkg.nki.plan import make_plan
-
+    rule, holes, placed = problem.rule, problem.kv.has_holes, problem.has_positions
+    is_ragged = (
+        problem.has_lengths
+        or problem.has_starts
+        or rule.window is not None
+        or (problem.has_query_positions and rule.causal)
+    )
+    sees_later = rule.causal and problem.num_tokens > 1 and not problem.has_new_kv
+    features = Features(
+        scale=float(problem.scale),
+        soft_cap=problem.logits_soft_cap,
+        has_new_keys=problem.has_new_kv,
+        has_sinks=problem.has_sinks,
+        has_positions=placed,
+        has_holes=holes,
+        has_mask=problem.mask is not None,
+        has_bias=problem.bias is not None,
+        has_scales=has_scales,
+        needs_mask=is_ragged or holes or placed or sees_later,
+        has_low=problem.has_starts or rule.window is not None or placed,
+        is_ragged=is_ragged,
+        clears_values=problem.is_padded and unseen_values == "any",
+    )
     return make_plan(
         batch=problem.batch,
         tokens=problem.num_tokens,
@@ -149,19 +92,141 @@ def plan_kernel(
         head_dim=problem.head_dim,
         value_head_dim=problem.value_head_dim,
         layout=problem.kv.name,
-        scale=float(problem.scale),
-        soft_cap=problem.logits_soft_cap,
-        is_padded=problem.is_padded,
-        has_new_keys=problem.has_new_kv,
-        has_sinks=problem.has_sinks,
-        has_positions=problem.has_positions or problem.kv.has_holes,
-        has_mask=problem.mask is not None,
-        has_bias=problem.bias is not None,
-        has_scales=has_scales,
+        features=features,
         programs=programs,
         exchange=exchange,
+        most_live=rule.reach(problem.num_tokens),
         page_len=problem.kv.slot_multiple if problem.kv.name == "paged" else 0,
     )
+
+
+def kernel_arguments(
+    problem: AttentionProblem, ops: Operands, plan: "KernelPlan"
+) -> dict[str, Array]:
+    """The arrays the kernel takes, by name; what the problem does not have is left out.
+
+    Queries and new keys come in the dtype that the kernel computes in. For the meaning of each see
+    `jax_tkg.nki.buffers.Inputs`.
+    """
+    dtype = problem.compute_dtype
+    zeros = jnp.zeros((problem.batch,), jnp.int32)
+    beside = problem.num_tokens if problem.has_new_kv else 0
+    total = zeros + (problem.kv_len + beside) if ops.lengths is None else ops.lengths
+    start = zeros if ops.starts is None else ops.starts
+    positions = ops.query_positions
+    if positions is None:
+        positions = default_query_positions(total, problem.num_tokens)
+    interval = problem.rule.interval(positions, start[:, None], (total - beside)[:, None])
+    bounds = jnp.stack([jnp.broadcast_to(x, positions.shape) for x in interval])
+    arrays: dict[str, Any] = {
+        "query": ops.query.astype(dtype),
+        "key": storage.logical(ops.kv.key, ops.kv.dtype),
+        "value": storage.logical(ops.kv.value, ops.kv.dtype),
+        "bounds": bounds.astype(jnp.float32),
+        "positions": ops.key_positions,
+        "page_rows": page_rows(ops.kv, plan.run) if isinstance(ops.kv, Paged) else None,
+        "sinks": _sinks(problem, ops),
+        "hidden": None if ops.mask is None else _cached(~ops.mask, problem).astype(jnp.uint8),
+        "bias": None if ops.bias is None else _cached(ops.bias, problem).astype(jnp.float32),
+    }
+    if problem.has_new_kv:
+        arrays |= _new_arrays(problem, ops, positions, start, total)
+    if has_scales(ops):
+        arrays |= _scales(problem, ops)
+    if plan.live is not None:
+        from jax_tkg.nki.live_tiles import place_live_tiles
+
+        placed = place_live_tiles(
+            bounds[0], bounds[1], usable_slots(ops.kv), problem.kv_len, plan.live, plan.programs
+        )
+        arrays |= zip(("live_counts", "live_starts", "live_edges"), placed, strict=True)
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _cached(dense: Array, problem: AttentionProblem) -> Array:
+    return dense[..., : problem.kv_len]
+
+
+def _new_arrays(
+    problem: AttentionProblem, ops: Operands, positions: Array, start: Array, total: Array
+) -> dict[str, Array]:
+    """The new keys beside the cache, who does not see them, and their biases."""
+    assert ops.new_key is not None
+    assert ops.new_value is not None
+    batch, heads, tokens = problem.batch, problem.num_heads, problem.num_tokens
+    seen = problem.rule.visible(
+        positions[:, None, :],
+        positions[:, :, None],
+        start[:, None, None],
+        total[:, None, None],
+    )
+    seen = jnp.broadcast_to(seen[:, None], (batch, heads, tokens, tokens))  # b, n, key, token
+
+    def by_key(dense: Array) -> Array:
+        beside = dense[..., problem.kv_len :].swapaxes(2, 3)
+        return jnp.broadcast_to(beside, seen.shape)
+
+    if ops.mask is not None:
+        seen &= by_key(jnp.broadcast_to(ops.mask, (*ops.mask.shape[:2], tokens, ops.mask.shape[3])))
+    used = seen.any(axis=3).reshape(batch, problem.num_kv_heads, problem.group, tokens).any(axis=2)
+    values = jnp.where(used.swapaxes(1, 2)[..., None], ops.new_value, 0)
+
+    def by_row(x: Array) -> Array:
+        return jnp.moveaxis(x, 2, 0).reshape(tokens, -1)
+
+    arrays = {
+        "new_key": ops.new_key.astype(problem.compute_dtype),
+        "new_value": values.astype(problem.compute_dtype),
+        "new_hidden": by_row(~seen).astype(jnp.uint8),
+    }
+    if ops.bias is not None:
+        full = jnp.broadcast_to(ops.bias, (*ops.bias.shape[:2], tokens, ops.bias.shape[3]))
+        arrays["new_bias"] = by_row(by_key(full)).astype(jnp.float32)
+    return arrays
+
+
+def _sinks(problem: AttentionProblem, ops: Operands) -> Array | None:
+    if ops.sinks is None:
+        return None
+    rows = (problem.batch, problem.num_heads, problem.num_tokens)
+    sinks = jnp.minimum(ops.sinks.astype(jnp.float32), HIGHEST)
+    return jnp.broadcast_to(sinks[:, :, None], rows).reshape(-1)
+
+
+def _scales(problem: AttentionProblem, ops: Operands) -> dict[str, Array]:
+    pairs = (problem.batch, problem.num_kv_heads)
+    arrays = {}
+    for name, scale, factor in (
+        ("logit_scales", ops.kv.k_scale, problem.scale),
+        ("value_scales", ops.kv.v_scale, 1.0),
+    ):
+        full = jnp.float32(factor) * (jnp.float32(1) if scale is None else scale)
+        arrays[name] = jnp.broadcast_to(full, pairs).reshape(-1)
+    return arrays
+
+
+def page_rows(kv: Paged, run: int) -> Array:
+    """Where a kernel finds every `run` slots of a paged cache: see `Inputs.page_rows`."""
+    _, heads, page_len, _ = kv.key.shape
+    runs = page_len // run
+    pages = kv.page_indices.astype(jnp.int32)[:, None, :, None]
+    head = jnp.arange(heads, dtype=jnp.int32)[None, :, None, None]
+    part = jnp.arange(runs, dtype=jnp.int32)
+    rows = jnp.where(pages < 0, NO_PAGE, (pages * heads + head) * runs + part)
+    return rows.reshape(pages.shape[0], heads, -1)
+
+
+def usable_slots(kv: KVLayout) -> Array | None:
+    """`[B]`, the first slot that has no page, or S; None where no page can lack."""
+    if not isinstance(kv, Paged):
+        return None
+    first = jnp.arange(kv.page_indices.shape[1], dtype=jnp.int32) * kv.page_len
+    return jnp.where(kv.page_indices < 0, first, kv.shape.kv_len).min(axis=1)
+
+
+def has_scales(ops: Operands) -> bool:
+    """Whether keys or values are stored with a scale."""
+    return ops.kv.k_scale is not None or ops.kv.v_scale is not None
 
 
 @dataclass(frozen=True)
@@ -173,20 +238,31 @@ class Launch:
         arrays: in the order of the kernel's arguments.
         result: shapes and dtypes of what it returns.
         plan: static.
+        aliases: pairs of an operand that the kernel changes in place and the result it becomes.
     """
 
     kernel: Callable[..., Any]
     arrays: tuple[Array, ...]
     result: tuple[jax.ShapeDtypeStruct, ...]
-    plan: "KernelPlan"
+    plan: Any
+    aliases: tuple[tuple[int, int], ...] = ()
 
 
-def make_launch(problem: AttentionProblem, ops: Operands, programs: int, exchange: str) -> Launch:
-    """The launch of the decode kernel for a problem."""
+def make_launch(
+    problem: AttentionProblem,
+    ops: Operands,
+    programs: int,
+    exchange: str,
+    unseen_values: str = "any",
+) -> Launch:
+    """The launch of the decode kernel for a problem; for the options see `plan_kernel`."""
     from jax_tkg.nki.attention_tkg import attention_tkg
 
     rows = (problem.batch, problem.num_tokens, problem.num_heads)
-    arrays = kernel_arguments(problem, ops)
+    plan = plan_kernel(
+        problem, programs, exchange, unseen_values=unseen_values, has_scales=has_scales(ops)
+    )
+    arrays = kernel_arguments(problem, ops, plan)
     return Launch(
         kernel=Named(attention_tkg, tuple(arrays)),
         arrays=tuple(arrays.values()),
@@ -194,7 +270,7 @@ def make_launch(problem: AttentionProblem, ops: Operands, programs: int, exchang
             jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.compute_dtype),
             jax.ShapeDtypeStruct(rows, np.float32),
         ),
-        plan=plan_kernel(problem, programs, exchange, has_scales=has_scales(ops)),
+        plan=plan,
     )
 
 

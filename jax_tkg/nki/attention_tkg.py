@@ -1,32 +1,56 @@
 """The decode kernel: a few new tokens of each sequence attend to its cache and to themselves.
 
 Keys lie on the partitions while logits, weights and sums are made: the few queries move through the
-Tensor engine, all 128 lanes of the Vector engine work. Maximum, sum and decay of a row are kept in
-every partition, so that no step has to move them.
+Tensor engine, all 128 lanes of the Vector engine work. Maximum and decay of a row are kept in every
+partition, so that no step has to move them.
 """
 
 from typing import Any
 
-from jax_tkg.nki.buffers import Constants, Inputs, RowBuffers, RowGroup
+from jax_tkg.nki.buffers import Constants, Inputs, LiveTables, Place, RowBuffers
 from jax_tkg.nki.dialect import nl
-from jax_tkg.nki.plan import KernelPlan, KeyTile, key_tile
-from jax_tkg.nki.steps.exchange import merge_programs
-from jax_tkg.nki.steps.finalize import add_sinks, finalize_rows, store_rows
+from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import RowBlock, RowGroup
+from jax_tkg.nki.steps.exchange import merge_programs, share_rows
+from jax_tkg.nki.steps.finalize import fa_finalize, store_rows
+from jax_tkg.nki.steps.live import for_each_live_tile, load_live_tables
 from jax_tkg.nki.steps.load import (
-    allocate_row_buffers,
+    allocate_fa_buffers,
     cache_source,
+    find_pages,
     load_constants,
-    new_source,
+    load_keys,
+    load_rows,
+    loads_by_rows,
+    rows_of,
+    start_rows,
 )
-from jax_tkg.nki.steps.pv import accumulate_output, allocate_products, compute_pv_matmul
-from jax_tkg.nki.steps.qk import compute_qk_matmul, mask_logits
+from jax_tkg.nki.steps.mask import add_bias, mask_cached, mask_new
+from jax_tkg.nki.steps.new_keys import load_new_keys
+from jax_tkg.nki.steps.pv import (
+    allocate_products,
+    clear_unseen_values,
+    compute_new_pv_matmul,
+    compute_pv_matmul,
+    fa_accumulate_output,
+    fa_rescale_output,
+    scale_values,
+)
+from jax_tkg.nki.steps.qk import (
+    allocate_qk_buffers,
+    compute_new_qk_matmul,
+    compute_qk_matmul,
+    shape_logits,
+)
 from jax_tkg.nki.steps.softmax import (
     cascaded_max_reduce,
     cascaded_sum_reduction,
     compute_exp_qk,
+    fa_update_running_max,
+    round_weights,
     take_part_in_exchanges,
-    update_running_max,
 )
+from jax_tkg.nki.tiles import KeyTile
 
 
 def attention_tkg(
@@ -38,66 +62,135 @@ def attention_tkg(
     page_rows: Any,
     new_key: Any,
     new_value: Any,
-    new_bounds: Any,
-    new_positions: Any,
+    new_hidden: Any,
+    new_bias: Any,
+    rotary_table: Any,
+    query_positions: Any,
     sinks: Any,
     hidden: Any,
     bias: Any,
     logit_scales: Any,
     value_scales: Any,
+    live_counts: Any,
+    live_starts: Any,
+    live_edges: Any,
     plan: KernelPlan,
 ) -> Any:
     """Attention of new tokens, and its log-sum-exp. For the arrays see `Inputs`.
 
     Returns:
-        `[B, T, N, Hv]` in the query's dtype, and float32 `[B, T, N]`, natural log.
+        `[B, T, N, Hv]` in the query's dtype, and float32 `[B, T, N]`, natural log; and the rotated
+        new keys `[B, T, K, H]`, if the kernel rotates.
     """
     inputs = Inputs(
-        query, key, value, bounds, positions, page_rows, new_key, new_value, new_bounds,
-        new_positions, sinks, hidden, bias, logit_scales, value_scales,
+        query, key, value, bounds, positions, page_rows, new_key, new_value, new_hidden, new_bias,
+        rotary_table, query_positions, sinks, hidden, bias, logit_scales, value_scales,
+        live_counts, live_starts, live_edges,
     )  # fmt: skip
     batch, tokens, heads = plan.batch, plan.tokens, plan.heads
     out = nl.ndarray((batch, tokens, heads, plan.value_head_dim), query.dtype, buffer=nl.shared_hbm)
     lse_out = nl.ndarray((batch, tokens, heads), nl.float32, buffer=nl.shared_hbm)
+    if plan.features.rotary == None:  # noqa: E711  (the kernel language has no `is`)
+        attend(inputs, out, lse_out, None, plan)
+        return out, lse_out
+    rotated = nl.ndarray(new_key.shape, new_key.dtype, buffer=nl.shared_hbm)
+    attend(inputs, out, lse_out, rotated, plan)
+    return out, lse_out, rotated
+
+
+def attend(inputs: Inputs, out: Any, lse_out: Any, rotated: Any, plan: KernelPlan) -> None:
+    """The same, for a larger kernel: queries and results may be in SBUF.
+
+    Args:
+        inputs: arrays.
+        out: `[B, T, N, Hv]` in HBM, or `[Hv, B * N * T]` in SBUF with Hv up to 128.
+        lse_out: `[B, T, N]` in HBM, or `[1, B * N * T]` in SBUF.
+        rotated: `[B, T, K, H]` in HBM for the rotated new keys, or None.
+        plan: sizes.
+    """
     consts = load_constants(inputs, plan)
-    share = plan.shares[nl.program_id(0)]
-    for pairs in share.groups:
-        group = RowGroup(pairs, plan.rows_per_pair, len(pairs) * plan.rows_per_pair)
-        bufs = allocate_row_buffers(query, group, plan)
-        attend_keys(inputs, bufs, consts, group, plan)
-        if plan.sharding == "sequence":
-            merge_programs(bufs, plan)
-        if plan.has_sinks:
-            add_sinks(bufs, consts, group)
-        lse = finalize_rows(bufs)
-        store_rows(out, lse_out, lse, bufs, group, plan)
-    return out, lse_out
+    for block in plan.shares[nl.program_id(0)].blocks:
+        bufs = allocate_fa_buffers(inputs, consts, block, plan)
+        for group in block.groups:
+            attend_known_tiles(inputs, rotated, rows_of(bufs, group), consts, group, plan)
+        if plan.live != None:  # noqa: E711
+            tables = load_live_tables(inputs, block, plan)
+            for sequence in block.sequences:
+                attend_live_tiles(inputs, tables, rows_of(bufs, sequence), consts, sequence, plan)
+        fa_finalize_and_store(out, lse_out, bufs, inputs, consts, block, plan)
+    if out.buffer == nl.sbuf and plan.sharding == "batch":
+        share_rows(out, plan)
+        share_rows(lse_out, plan)
 
 
-def attend_keys(
-    inputs: Inputs, bufs: RowBuffers, consts: Constants, group: RowGroup, plan: KernelPlan
+def fa_finalize_and_store(
+    out: Any,
+    lse_out: Any,
+    bufs: RowBuffers,
+    inputs: Inputs,
+    consts: Constants,
+    block: RowBlock,
+    plan: KernelPlan,
 ) -> None:
-    """Folds this program's keys into the rows of a group, tile by tile."""
+    """Merges what two programs found, divides by the sum, and stores the rows of a block.
+
+    Programs that hold the same share that; not in SBUF, where each core has its own.
+    """
+    if plan.sharding == "sequence":
+        merge_programs(bufs, plan)
+    shares = (plan.sharding == "sequence" or plan.sharding == "same") and out.buffer != nl.sbuf
+    number = 0
+    for group in block.groups:
+        for chunk in group.chunks:
+            number += 1
+            if shares and number % plan.programs != nl.program_id(0):
+                continue
+            rows, lse = fa_finalize(out.dtype, bufs, inputs, consts, group, chunk, plan)
+            store_rows(out, lse_out, rows, lse, group, chunk, plan)
+
+
+def attend_known_tiles(
+    inputs: Inputs,
+    rotated: Any,
+    bufs: RowBuffers,
+    consts: Constants,
+    group: RowGroup,
+    plan: KernelPlan,
+) -> None:
+    """Folds known tiles of this program into the rows of a group, those of new keys too."""
     share = plan.shares[nl.program_id(0)]
-    sources = []
-    for pair in group.pairs:
-        sources.append(cache_source(inputs, pair, consts, plan))
-    for tile in share.tiles:
-        attend_tile(sources, tile, inputs, bufs, consts, group, plan)
-    if share.sees_new_keys:
-        beside = []
-        for pair in group.pairs:
-            beside.append(new_source(inputs, pair, consts, plan))
-        tile = key_tile(0, plan.tokens, 1)
-        attend_tile(beside, tile, inputs, bufs, consts, group, plan)
+    if not share.tiles:
+        start_rows(bufs)
+    for n in range(len(share.tiles)):
+        tile = share.tiles[n]
+        place = Place(tile.start // max(1, plan.run), tile.start, None)
+        attend_tile(tile, place, n == 0, inputs, rotated, bufs, consts, group, plan)
     for _ in range(share.idle_tiles):
         take_part_in_exchanges(bufs, plan)
 
 
-def attend_tile(
-    sources: Any,
-    tile: KeyTile,
+def attend_live_tiles(
     inputs: Inputs,
+    tables: LiveTables,
+    bufs: RowBuffers,
+    consts: Constants,
+    sequence: RowGroup,
+    plan: KernelPlan,
+) -> None:
+    """Folds the live keys of one sequence into its rows."""
+
+    def attend(tile: KeyTile, place: Place) -> None:
+        attend_tile(tile, place, False, inputs, None, bufs, consts, sequence, plan)
+
+    for_each_live_tile(attend, tables, sequence, plan)
+
+
+def attend_tile(
+    tile: KeyTile,
+    place: Place,
+    is_first: bool,
+    inputs: Inputs,
+    rotated: Any,
     bufs: RowBuffers,
     consts: Constants,
     group: RowGroup,
@@ -106,24 +199,79 @@ def attend_tile(
     """Logits, running maximum, weights, running sum, running output: of one tile.
 
     Args:
-        sources: where the keys of each pair come from.
-        tile: which slots.
-        inputs: dense masks and biases.
+        tile: which keys.
+        place: where they start.
+        is_first: the rows have no state yet.
+        inputs: arrays.
+        rotated: where rotated new keys go, or None.
         bufs: the rows, changed.
         consts: tiles that no step changes.
         group: the rows.
         plan: sizes.
     """
-    qk = nl.ndarray((tile.partitions, tile.subtiles, group.rows), nl.float32, buffer=nl.sbuf)
-    unseen = []
-    for i in range(len(group.pairs)):
-        compute_qk_matmul(qk, sources[i], bufs, i, tile, plan)
-        unseen.append(mask_logits(qk, sources[i], i, inputs, tile, plan))
-    tile_max = cascaded_max_reduce(qk, tile, group.rows)
-    update_running_max(tile_max, bufs, plan)
-    weights = compute_exp_qk(qk, bufs.query[0].dtype, bufs, tile)
-    cascaded_sum_reduction(qk, bufs, consts, tile, plan)
+    dtype = bufs.query[0].dtype
+    logits = allocate_qk_buffers(tile, group)
+    sources = []
+    for i in range(group.pairs):
+        source = cache_source(inputs, group, i, plan)
+        if tile.cached:
+            find_pages(source, tile, place, plan)
+            keys = load_keys(source, dtype, tile, place, plan)
+            compute_qk_matmul(logits, keys, loads_by_rows(source, dtype), bufs, i, tile, group)
+        sources.append(source)
+    new = None
+    if tile.new:
+        new = load_new_keys(inputs, rotated, dtype, consts, tile, group, plan)
+        for i in range(group.pairs):
+            compute_new_qk_matmul(logits, new, bufs, i, tile, group)
+    shape_logits(logits, consts, tile, group, plan)
+    add_bias(logits, inputs, place, tile, group, plan)
+    unseen = mask_cached(logits, sources, inputs, consts, place, tile, group, plan)
+    mask_new(logits, inputs, tile, group, plan)
+    tile_max = cascaded_max_reduce(logits, group)
+    fa_update_running_max(tile_max, bufs, is_first, plan)
+    exact = compute_exp_qk(logits, bufs, tile, group, plan)
+    cascaded_sum_reduction(exact, bufs, is_first, plan)
+    weights = round_weights(exact, dtype)
+    if not is_first:
+        fa_rescale_output(bufs)
+    add_values(tile, place, is_first, sources, new, weights, unseen, bufs, consts, group, plan)
+
+
+def add_values(
+    tile: KeyTile,
+    place: Place,
+    is_first: bool,
+    sources: Any,
+    new: Any,
+    weights: Any,
+    unseen: Any,
+    bufs: RowBuffers,
+    consts: Constants,
+    group: RowGroup,
+    plan: KernelPlan,
+) -> None:
+    """Running output = running output + weights times values; scales are of cached ones only."""
     products = allocate_products(group, plan)
-    for i in range(len(group.pairs)):
-        compute_pv_matmul(products, weights, sources[i], unseen[i], i, tile, plan)
-    accumulate_output(products, bufs)
+    for i in range(group.pairs):
+        for k in range(len(tile.cached)):
+            piece = tile.cached[k]
+            values = load_rows(
+                sources[i].values, sources[i], plan.value_head_dim, weights.dtype, k, place, tile,
+            )  # fmt: skip
+            if unseen != None:  # noqa: E711
+                columns = nl.ds(piece.column, piece.subtiles)
+                clear_unseen_values(values, unseen[0 : piece.partitions, columns, i])
+            compute_pv_matmul(products, weights, values, piece, k == 0, i, group)
+    if plan.features.has_scales and tile.cached:
+        scale_values(products, consts, group, plan)
+        fa_accumulate_output(products, bufs, is_first)
+        is_first = False
+        if not tile.new:
+            return
+        products = allocate_products(group, plan)
+    starts = plan.features.has_scales or not tile.cached
+    if tile.new:
+        for i in range(group.pairs):
+            compute_new_pv_matmul(products, weights, new, i, starts, tile, group)
+    fa_accumulate_output(products, bufs, is_first)

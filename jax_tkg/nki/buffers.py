@@ -1,10 +1,10 @@
-"""What lives in SBUF while the kernel runs, in groups named by what they are for."""
+"""What the kernel works on: arrays in HBM, tiles in SBUF and PSUM, in groups named by their use."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from jax_tkg.nki.dialect import nl
-from jax_tkg.nki.plan import PARTITIONS, KernelPlan
+from jax_tkg.nki.rows import PARTITIONS
 
 LOWEST_MAX = -1.0e30
 """The running maximum before any key. A masked logit is far below, so that its weight is 0."""
@@ -12,25 +12,39 @@ LOWEST_MAX = -1.0e30
 MASKED = -3.0e38
 """A masked logit; finite, so that no difference of two is NaN."""
 
+BANK_ELEMENTS = 512
+"""Float32 of a partition in a bank of PSUM."""
+
 
 @dataclass
 class Inputs(nl.NKIObject):
     """The arrays of a launch, in HBM; None for what the problem does not have.
 
     Attributes:
-        query: `[B, T, N, H]`.
+        query: `[B, T, N, H]`; or in SBUF, `[H, B * N * T]` with H up to 128, in the order b, n, t.
         key, value: the cache in the plan's layout.
-        bounds: float32 `[2, B, T]`: token t of row b sees positions bounds[0] <= p < bounds[1].
+        bounds: float32 `[2, B, T]`: token t of row b sees positions bounds[0] <= p < bounds[1] of
+            the cache.
         positions: int32 `[B, S]`, position of each slot; None where slot s holds position s.
         page_rows: int32 `[B, K, S / n]`: of a paged cache, the row of every n slots in the pool
-            seen as `[rows, n * H]`.
-        new_key, new_value: `[B, T, K, H]` and `[B, T, K, Hv]` beside the cache.
-        new_bounds, new_positions: of the new keys, float32 `[2, B, T]` and int32 `[B, T]`.
-        sinks: float32 `[B * N * T]` in the order b, k, g, t.
-        hidden: uint8 `[B|1, N|1, T|1, S']`, 1 where a dense mask hides a key; S' as in `bias`.
-        bias: `[B|1, N|1, T|1, S']`, added to the logits; S' is S, then T if keys are beside.
+            seen as `[rows, n * H]`; -1 where there is no page.
+        new_key, new_value: `[B, T, K, H]` and `[B, T, K, Hv]` beside the cache; values that no
+            token sees are finite.
+        new_hidden: uint8 `[T, B * N * T]`, 1 where a row does not see a new key; rows in the order
+            b, n, t.
+        new_bias: float32 like `new_hidden`, added to the logits.
+        rotary_table: of `jax_tkg.nki.rope_call.rotary_table`, where the kernel rotates.
+        query_positions: int32 `[B, T]`, positions of the new tokens, likewise.
+        sinks: float32 `[B * N * T]`.
+        hidden: uint8 `[B|1, N|1, T|1, S]`, 1 where a dense mask hides a slot.
+        bias: float32 `[B|1, N|1, T|1, S]`, added to the logits.
         logit_scales: float32 `[B * K]`, scale of the logits of each pair, with its keys' scale.
         value_scales: float32 `[B * K]`, scale of the values of each pair.
+        live_counts: int32 `[programs, B, 3]`, how many full, edge and dirty tiles a sequence has.
+        live_starts: int32 `[programs, B, 2, W]`, where full and other tiles start, in the plan's
+            unit.
+        live_edges: float32 `[programs, B, 2, W]`: the first slot of each other tile, and the first
+            one that does not count.
     """
 
     query: Any
@@ -41,63 +55,64 @@ class Inputs(nl.NKIObject):
     page_rows: Any
     new_key: Any
     new_value: Any
-    new_bounds: Any
-    new_positions: Any
+    new_hidden: Any
+    new_bias: Any
+    rotary_table: Any
+    query_positions: Any
     sinks: Any
     hidden: Any
     bias: Any
     logit_scales: Any
     value_scales: Any
+    live_counts: Any
+    live_starts: Any
+    live_edges: Any
 
 
 @dataclass
 class KeySource(nl.NKIObject):
-    """Where the keys of a pair come from: the cache, or the new ones beside it.
+    """Where the cached keys and values of a pair lie.
 
     Attributes:
-        pair: which.
-        keys: `[slots, H]`, or `[H, slots]` where they are transposed, or a pool `[rows, n * H]`.
-        values: `[slots, Hv]` or a pool.
+        keys: `[S, H]`, or `[H, S]` where they are transposed, or a pool `[rows, n * H]`.
+        values: `[S, Hv]` or a pool.
         is_transposed: see `keys`.
         page_rows: int32 `[S / n]`, the row of every n slots in the pools; None without pages.
-        low, high: `[128, T]`, positions that each token sees.
-        positions: int32 `[slots]`, or None where slot s holds position s.
-        first_column: column of slot 0 in dense masks and biases.
-        logit_scale: a number, or one float32 in every partition `[128, 1]`.
-        value_scale: None, or one float32 in every partition.
+        rows: of a tile, for each piece the rows of its partitions, int32 `[p, 1]`.
+        holes: likewise, uint8 `[p, 1]`, 1 where there is no page; empty where that cannot be.
     """
 
-    pair: int
     keys: Any
     values: Any
     is_transposed: bool
     page_rows: Any
-    low: Any
-    high: Any
-    positions: Any
-    first_column: int
-    logit_scale: Any
-    value_scale: Any
+    rows: Any
+    holes: Any
 
 
-@dataclass(frozen=True)
-class RowGroup(nl.NKIObject):
-    """Pairs that are processed side by side: pair i has the rows i * M to (i + 1) * M of R."""
+@dataclass
+class NewKeys(nl.NKIObject):
+    """The new keys of a row group, one entry for each piece of them.
 
-    pairs: tuple[int, ...]
-    rows_per_pair: int
-    rows: int
+    Attributes:
+        keys: lists of tiles `[h, pairs * keys]`, one for each chunk of 128 of H.
+        values: `[keys, pairs, Hv]`.
+    """
+
+    keys: Any
+    values: Any
 
 
 @dataclass
 class RowBuffers(nl.NKIObject):
-    """The queries of a row group and what was found so far.
+    """The queries of some rows and what was found so far.
 
     Attributes:
         query: one tile `[h, R]` for each chunk of 128 of H.
-        max, sum: running maximum and sum `[128, R]`, the same in every partition.
+        max: running maximum `[128, R]`, the same in every partition.
+        sum: `[128, R]`, running sum of the keys that lie in each partition.
         output: one tile `[hv, R]` for each chunk of 128 of Hv, not yet divided by the sum.
-        decay: exp(old maximum - new maximum) of the last tile, `[128, R]`.
+        decay: what the last tile made of a weight 1 from before it, `[128, R]`.
     """
 
     query: Any
@@ -108,25 +123,68 @@ class RowBuffers(nl.NKIObject):
 
 
 @dataclass
+class Logits(nl.NKIObject):
+    """Logits of a tile in PSUM: keys on the partitions.
+
+    Attributes:
+        banks: tiles `[128, columns, R]`.
+        per_bank: columns of each but the last.
+    """
+
+    banks: Any
+    per_bank: int
+
+
+@dataclass
+class Place(nl.NKIObject):
+    """Where the keys of a tile start.
+
+    Attributes:
+        start: in the cache: an int, or a register that counts in the plan's unit.
+        first_slot: the same as a number, or as float32 in every partition `[128, 1]`.
+        behind_counted: of a tile placed at run time, the first slot that does not count; else
+            None.
+    """
+
+    start: Any
+    first_slot: Any
+    behind_counted: Any
+
+
+@dataclass
+class LiveTables(nl.NKIObject):
+    """Where the live tiles of the sequences of a block are.
+
+    Attributes:
+        first_batch: the first sequence; the others follow.
+        counts: int32 `[1, sequences, 3]`, as in `Inputs`.
+        starts: int32 `[1, sequences, 2 * W]`.
+        edges: float32 `[128, sequences, 2, W]`.
+    """
+
+    first_batch: int
+    counts: Any
+    starts: Any
+    edges: Any
+
+
+@dataclass
 class Constants(nl.NKIObject):
     """Tiles that no step changes.
 
     Attributes:
         ones: `[128, 128]` float32: a matmul with it adds over partitions and broadcasts.
         low, high: bounds of visible positions `[128, B, T]`, the same in every partition.
-        new_low, new_high: of the new keys beside the cache, or None.
-        sinks: `[128, B * N * T]` in the order of rows, or None.
         logit_scales, value_scales: `[128, B * K]`, or None.
+        turns: of `load_turns`, or None.
     """
 
     ones: Any
     low: Any
     high: Any
-    new_low: Any
-    new_high: Any
-    sinks: Any
     logit_scales: Any
     value_scales: Any
+    turns: Any
 
 
 def chunks(size: int) -> list[tuple[int, int]]:
@@ -135,13 +193,3 @@ def chunks(size: int) -> list[tuple[int, int]]:
     for start in range(0, size, PARTITIONS):
         pieces.append((start, min(PARTITIONS, size - start)))
     return pieces
-
-
-def batch_of(plan: KernelPlan, pair: int) -> int:
-    """The sequence of a pair."""
-    return pair // plan.kv_heads
-
-
-def kv_head_of(plan: KernelPlan, pair: int) -> int:
-    """The KV head of a pair."""
-    return pair % plan.kv_heads

@@ -56,13 +56,15 @@ def interpret(
 
     An error of the kernel reaches the caller as a `jax.errors.JaxRuntimeError` with its message.
     """
+    from jax_tkg.nki.dialect import interpreted
+
     structs, tree = jax.tree.flatten(result)
     made = kernel if isinstance(kernel, Kernel) else Kernel(kernel)
     if programs is not None:
         made = made[programs]
     outputs = interpret_p.bind(
         *_compat.agree_on_varying_axes([jax.numpy.asarray(a) for a in arrays]),
-        kernel=made.function,
+        kernel=interpreted(made.function),
         programs=made.programs,
         target=target,
         exact=exact,

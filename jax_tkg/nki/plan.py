@@ -8,35 +8,49 @@ value head_dim. A pair is one KV head of one sequence; its M = G * T logit rows 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jax_tkg.nki.dialect import nl
+from jax_tkg.nki.rows import PARTITIONS, RowBlock, blocks_of, row_groups
+from jax_tkg.nki.tiles import PAGED_RUN, KeyTile, key_tile, key_tiles, paged_run
 
-PARTITIONS = 128
-TILE_SUBTILES = 32
-"""Keys a partition holds of a tile: with H = 64 in 16 bits its V run of 4 KiB saturates DMA."""
+MAX_KEYS = 8192
+"""Keys of a tile: with H = 128 in 16 bits, 16 KiB of keys and of values in each partition."""
+
+LOGIT_ELEMENTS = 2048
+"""Logits of a tile in a partition: in float32, half of PSUM."""
+
+ONE_TILE_KEYS = 2048
+"""A program's part of a cache up to this size is one tile and not a loop over live ones."""
+
+WINDOW_FACTOR = 4
+"""A cache of more windows than that is worth a loop, whatever its size."""
 
 BATCH_RULE_ROWS = 128
 SEQUENCE_RULE_SLOTS = 256
 """The public kernel's rule: see `choose_sharding`."""
 
+EXCHANGES = ("deferred", "every tile")
+LOOPS = (None, "static", "runtime")
+
 
 @dataclass(frozen=True)
-class KeyTile(nl.NKIObject):
-    """Keys that are processed at once: `subtiles` in each of `partitions` partitions.
+class LiveTiles(nl.NKIObject):
+    """A loop at run time over the tiles that hold live keys, wherever they start.
 
-    Partition p holds slots start + p * subtiles + j, so that what it loads is contiguous.
+    Attributes:
+        full: tile in which every row sees every key.
+        edge: tile in which every key is seen by some row.
+        dirty: tile in which some keys may be seen by none.
+        unit: slots that a start counts in: 1, or the run of a paged cache.
+        width: tiles that a sequence has at most.
     """
 
-    start: int
-    partitions: int
-    subtiles: int
-    keys: int
-
-
-def key_tile(start: int, partitions: int, subtiles: int) -> KeyTile:
-    """The tile of partitions * subtiles keys."""
-    return KeyTile(start, partitions, subtiles, partitions * subtiles)
+    full: KeyTile
+    edge: KeyTile
+    dirty: KeyTile
+    unit: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -44,16 +58,51 @@ class Share(nl.NKIObject):
     """What one program does.
 
     Attributes:
-        tiles: of the cache.
-        groups: pairs that are processed side by side.
-        sees_new_keys: it folds in the new keys beside the cache.
+        blocks: of rows, one after the other.
+        tiles: known before the launch.
         idle_tiles: how often it only takes part in the exchanges of the other program's tiles.
     """
 
+    blocks: tuple[RowBlock, ...]
     tiles: tuple[KeyTile, ...]
-    groups: tuple[tuple[int, ...], ...]
-    sees_new_keys: bool
     idle_tiles: int
+
+
+@dataclass(frozen=True)
+class Features(nl.NKIObject):
+    """What the maths of a problem has, beside its sizes.
+
+    Attributes:
+        scale: factor of the logits.
+        soft_cap: c of c * tanh(logit / c), or None.
+        has_new_keys: the new keys come beside the cache.
+        has_sinks: each head has a sink logit.
+        has_positions: slots hold tokens at given positions.
+        has_holes: a paged cache may lack pages, where no slot is seen.
+        has_mask, has_bias: dense ones.
+        has_scales: keys and values of each KV head have a scale.
+        needs_mask: some row may not see some slot, by position.
+        has_low: by position, a slot may also be too early.
+        rotary: the kernel rotates queries and new keys: "half" (channel i with i + pairs),
+            "interleaved" (2i with 2i + 1) or None.
+        is_ragged: which slots are live is known at run time only.
+        clears_values: slots that no row sees may hold anything, NaN too.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    has_new_keys: bool = False
+    has_sinks: bool = False
+    has_positions: bool = False
+    has_holes: bool = False
+    has_mask: bool = False
+    has_bias: bool = False
+    has_scales: bool = False
+    needs_mask: bool = True
+    has_low: bool = True
+    rotary: str | None = None
+    is_ragged: bool = False
+    clears_values: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,21 +112,19 @@ class KernelPlan(nl.NKIObject):
     Attributes:
         batch, tokens, slots, heads, kv_heads, head_dim, value_head_dim: B T S N K H Hv.
         layout: of the cache: BSKH, BKSH, BKHS (keys transposed) or paged.
-        scale: factor of the logits.
-        soft_cap: c of c * tanh(logit / c), or None.
-        is_padded: slots may hold anything where no query sees them.
-        has_new_keys: the new keys come beside the cache.
-        has_sinks: each head has a sink logit.
-        has_positions: slots hold tokens at given positions.
-        has_mask, has_bias: dense ones.
-        has_scales: keys and values of each KV head have a scale.
-        group: G.
-        rows_per_pair: M = G * T.
+        features: of the maths.
         programs: of the launch.
-        sharding: "none", "batch" (pairs), "sequence" (keys) or "same" (both programs do all).
+        sharding: "none", "batch" (sequences or pairs), "sequence" (keys) or "same" (both do all).
         exchange: "deferred" (three at the end) or "every tile" (two a tile and one).
         shares: one for each program.
+        run: slots that a gather reads at once from a paged cache; else 0.
+        group: G.
+        raw_unit: what a number of a tile is worth in logits after scales and soft cap.
+        logit_unit: the same once a bias was added; see `shape_logits`.
+        every_tile: programs agree on maximum and sum after every tile.
+        live: the loop over live tiles, or None where all tiles are known.
         reason: why this sharding.
+        text: all this in a line.
     """
 
     batch: int
@@ -88,78 +135,39 @@ class KernelPlan(nl.NKIObject):
     head_dim: int
     value_head_dim: int
     layout: str
-    scale: float
-    soft_cap: float | None
-    is_padded: bool
-    has_new_keys: bool
-    has_sinks: bool
-    has_positions: bool
-    has_mask: bool
-    has_bias: bool
-    has_scales: bool
-    group: int
-    rows_per_pair: int
+    features: Features
     programs: int
     sharding: str
     exchange: str
     shares: tuple[Share, ...]
+    run: int
+    group: int
+    raw_unit: float
+    logit_unit: float
+    every_tile: bool
+    live: LiveTiles | None
     reason: str
+    text: str
 
     def __str__(self) -> str:
-        """Two lines."""
-        share = self.shares[0]
-        return (
-            f"{self.programs} program(s), {self.sharding} sharding ({self.reason}), exchange "
-            f"{self.exchange}; {len(share.groups)} group(s) of up to {len(share.groups[0])} pairs, "
-            f"{len(share.tiles)} key tile(s) of up to {share.tiles[0].keys}"
-        )
-
-
-def paged_run(page_len: int) -> int:
-    """Slots that a gather reads at once: the most that divide a page, up to `TILE_SUBTILES`."""
-    return max(n for n in range(1, TILE_SUBTILES + 1) if page_len % n == 0)
-
-
-def key_tiles(first: int, end: int, subtiles: int, run: int) -> tuple[KeyTile, ...]:
-    """Tiles over slots `first` to `end`: large ones, one of what is left, one below 128 keys.
-
-    Args:
-        first: slot; a multiple of `run`.
-        end: slot behind the last; a multiple of `run`.
-        subtiles: most keys of a partition.
-        run: of a paged cache, the keys of every partition; else 0.
-    """
-    tiles = []
-    while run and first < end:
-        partitions = min(PARTITIONS, (end - first) // run)
-        tiles.append(key_tile(first, partitions, run))
-        first += partitions * run
-    while end - first >= PARTITIONS:
-        count = min(subtiles, (end - first) // PARTITIONS)
-        tiles.append(key_tile(first, PARTITIONS, count))
-        first += count * PARTITIONS
-    if first < end:
-        tiles.append(key_tile(first, end - first, 1))
-    return tuple(tiles)
-
-
-def pair_groups(first: int, end: int, rows_per_pair: int) -> tuple[tuple[int, ...], ...]:
-    """Pairs in groups whose rows fit into the partitions."""
-    size = PARTITIONS // rows_per_pair
-    return tuple(tuple(range(p, min(p + size, end))) for p in range(first, end, size))
+        """A line: programs, rows, keys."""
+        return self.text
 
 
 def choose_sharding(
-    programs: int, batch: int, pairs: int, rows: int, slots: int
+    programs: int, batch: int, pairs: int, rows: int, slots: int, is_loop: bool
 ) -> tuple[str, str]:
     """How two programs share the work, and why.
 
     The rule of the public kernel: by batch if it is even and there are more than 128 rows or fewer
     than 256 slots; else by sequence from 256 slots on. Beyond it: short caches with several pairs
-    are shared by pairs also when the batch is odd.
+    are shared by pairs also when the batch is odd. A loop over live tiles is shared by sequence:
+    both programs then make equally many rounds, as they must, whatever the lengths.
     """
     if programs == 1:
         return "none", "one program"
+    if is_loop:
+        return "sequence", "a loop over live keys"
     if batch % 2 == 0 and (rows > BATCH_RULE_ROWS or slots < SEQUENCE_RULE_SLOTS):
         return "batch", f"even batch, {rows} rows, {slots} slots"
     if slots >= SEQUENCE_RULE_SLOTS:
@@ -167,6 +175,17 @@ def choose_sharding(
     if pairs > 1:
         return "batch", f"{pairs} pairs, only {slots} slots"
     return "same", f"one pair and only {slots} slots"
+
+
+def choose_loop(features: Features, slots: int, programs: int, most_live: int) -> bool:
+    """Whether tiles are chosen at run time: they follow the live keys and not the bucket.
+
+    Dense masks and given positions say nothing cheap about what is live. A small cache is not
+    worth a loop, unless a window leaves most of it dead.
+    """
+    if not features.is_ragged or features.has_mask or features.has_bias or features.has_positions:
+        return False
+    return slots > ONE_TILE_KEYS * programs or slots > WINDOW_FACTOR * most_live
 
 
 def make_plan(
@@ -179,80 +198,160 @@ def make_plan(
     head_dim: int,
     value_head_dim: int,
     layout: str,
-    scale: float,
-    soft_cap: float | None = None,
-    is_padded: bool = True,
-    has_new_keys: bool = False,
-    has_sinks: bool = False,
-    has_positions: bool = False,
-    has_mask: bool = False,
-    has_bias: bool = False,
-    has_scales: bool = False,
+    features: Features,
     programs: int = 1,
     exchange: str = "deferred",
-    subtiles: int = TILE_SUBTILES,
+    loop: str | None = None,
+    max_keys: int = MAX_KEYS,
+    most_live: int | None = None,
     page_len: int = 0,
 ) -> KernelPlan:
-    """Plans a problem.
+    """Plans a problem; for the sizes see `KernelPlan`.
+
+    Tiles hold up to `max_keys` keys; at most `most_live` of a sequence are live. `loop` says
+    "static" or "runtime"; None chooses, see `choose_loop`.
 
     Raises:
-        ValueError: if G * T is more than 128 rows, or an option has no such value.
+        ValueError: if T is more than 512, or an option has no such value.
     """
-    rows = heads // kv_heads * tokens
-    if rows > PARTITIONS:
-        raise ValueError(f"G * T = {rows} rows share a KV head; the kernel takes at most 128.")
-    if exchange not in ("deferred", "every tile"):
-        raise ValueError(f"exchange {exchange!r}: must be 'deferred' or 'every tile'.")
-    pairs = batch * kv_heads
-    sharding, reason = choose_sharding(programs, batch, pairs, batch * heads * tokens, slots)
-    half_pairs = (batch + 1) // 2 * kv_heads if batch > 1 else (pairs + 1) // 2
-    run = paged_run(page_len) if page_len else 0
-    unit = run or PARTITIONS
-    half_slots = math.ceil(slots / 2 / unit) * unit
-    shares = []
+    _check_options(exchange, loop, features)
+    live_slots = slots if most_live is None else min(slots, most_live)
+    smallest = PARTITIONS * programs * (PAGED_RUN if page_len else 1)
+    is_loop = slots >= smallest and choose_loop(features, slots, programs, live_slots)
+    if loop is not None:
+        is_loop = loop == "runtime"
+    sharding, reason = choose_sharding(
+        programs, batch, batch * kv_heads, batch * heads * tokens, slots, is_loop
+    )
+    group = heads // kv_heads
+    blocks = []
     for program in range(programs):
-        first_pair, last_pair, first_slot, last_slot = 0, pairs, 0, slots
-        if sharding == "batch":
-            first_pair, last_pair = ((0, half_pairs), (half_pairs, pairs))[program]
-        if sharding == "sequence":
-            first_slot, last_slot = ((0, half_slots), (half_slots, slots))[program]
-        shares.append(
-            Share(
-                key_tiles(first_slot, last_slot, subtiles, run),
-                pair_groups(first_pair, last_pair, rows),
-                has_new_keys and (sharding != "sequence" or program == programs - 1),
-                0,
-            )
-        )
-    if sharding == "sequence" and exchange == "every tile":
-        steps = [len(share.tiles) + share.sees_new_keys for share in shares]
-        shares = [
-            replace(share, idle_tiles=max(steps) - count)
-            for share, count in zip(shares, steps, strict=True)
-        ]
+        ranges = pairs_of(sharding, program, batch, kv_heads)
+        blocks.append(blocks_of(row_groups(*ranges, group, tokens), group, value_head_dim))
+    side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
+    widest = max(g.rows for groups in side_by_side for g in groups)
+    most = max(1, min(max_keys // PARTITIONS, LOGIT_ELEMENTS // widest))
+    run = paged_run(page_len, most) if page_len else 0
+    tiles = _known_tiles(sharding, programs, 0 if is_loop else slots, tokens, most, run, features)
+    live = None
+    if is_loop:
+        most = max(run, min(most, math.ceil(live_slots / (PARTITIONS * programs))))
+        live = _live_tiles(slots, live_slots, programs, most, run)
+    every_tile = sharding == "sequence" and exchange == "every tile"
+    steps = max(len(known) for known in tiles)
+    shares = tuple(
+        Share(mine, known, (steps - len(known)) * every_tile)
+        for mine, known in zip(blocks, tiles, strict=True)
+    )
+    raw_unit = 1.0 if features.has_scales else features.scale
+    raw_unit = raw_unit if features.soft_cap is None else features.soft_cap
+    sizes = {"batch": batch, "tokens": tokens, "slots": slots, "heads": heads}
+    widths = {"kv_heads": kv_heads, "head_dim": head_dim, "value_head_dim": value_head_dim}
     return KernelPlan(
-        batch=batch,
-        tokens=tokens,
-        slots=slots,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
+        **sizes,
+        **widths,
         layout=layout,
-        scale=scale,
-        soft_cap=soft_cap,
-        is_padded=is_padded,
-        has_new_keys=has_new_keys,
-        has_sinks=has_sinks,
-        has_positions=has_positions,
-        has_mask=has_mask,
-        has_bias=has_bias,
-        has_scales=has_scales,
-        group=heads // kv_heads,
-        rows_per_pair=rows,
+        features=features,
         programs=programs,
         sharding=sharding,
         exchange=exchange,
-        shares=tuple(shares),
+        shares=shares,
+        run=run,
+        group=group,
+        raw_unit=raw_unit,
+        logit_unit=1.0 if features.has_bias or raw_unit <= 0 else raw_unit,
+        every_tile=every_tile,
+        live=live,
         reason=reason,
+        text=_text(programs, sharding, reason, exchange, shares[0], live),
     )
+
+
+def _known_tiles(
+    sharding: str,
+    programs: int,
+    slots: int,
+    tokens: int,
+    most: int,
+    run: int,
+    features: Features,
+) -> list[tuple[KeyTile, ...]]:
+    """The tiles of each program over so many slots; new keys go to the last that sees them."""
+    every = []
+    for program in range(programs):
+        sees_new = features.has_new_keys and (sharding != "sequence" or program == programs - 1)
+        first, end = slots_of(sharding, program, slots, run or 1)
+        masks = {"is_masked": features.needs_mask, "is_dirty": features.clears_values}
+        every.append(key_tiles(first, end, most, run, tokens if sees_new else 0, **masks))
+    return every
+
+
+def _text(
+    programs: int, sharding: str, reason: str, exchange: str, share: Share, live: LiveTiles | None
+) -> str:
+    groups = [g for block in share.blocks for g in block.groups]
+    text = (
+        f"{programs} program(s), {sharding} sharding ({reason}), exchange {exchange}; rows: "
+        f"{len(groups)} group(s) of up to {max(g.rows for g in groups)}, {len(share.blocks)} "
+        "block(s)"
+    )
+    if live is not None:
+        return f"{text}; keys: a loop over live tiles of {live.full.keys}"
+    largest = max((t.keys for t in share.tiles), default=0)
+    return f"{text}; keys: {len(share.tiles)} tile(s) of up to {largest}"
+
+
+def _check_options(exchange: str, loop: str | None, features: Features) -> None:
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange {exchange!r}: must be 'deferred' or 'every tile'.")
+    if features.rotary not in (None, "half", "interleaved"):
+        raise ValueError(f"rotary {features.rotary!r}: must be 'half', 'interleaved' or None.")
+    if features.rotary is not None and not features.has_new_keys:
+        raise ValueError("rotary needs the new keys beside the cache: it rotates them too.")
+    if loop not in LOOPS:
+        raise ValueError(f"loop {loop!r}: must be 'static', 'runtime' or None.")
+    if loop == "runtime" and (features.has_mask or features.has_bias or features.has_positions):
+        raise ValueError(
+            "loop 'runtime': which slots are live must follow from lengths, starts and a window; a "
+            "dense mask, a bias or given positions need 'static'."
+        )
+
+
+def _live_tiles(slots: int, live_slots: int, programs: int, most: int, run: int) -> LiveTiles:
+    """Tiles for a loop, as large as allowed; a program's part of a full cache is a whole number."""
+    columns = run or 1
+    units = slots // (PARTITIONS * columns * programs)
+    if units == 0:
+        raise ValueError(
+            f"{slots} slots are less than a tile for each of {programs} programs: use "
+            "loop='static'."
+        )
+    rounds = math.ceil(slots / (PARTITIONS * programs * max(1, most // columns) * columns))
+    keys = math.ceil(slots / (PARTITIONS * columns * programs * rounds)) * columns * PARTITIONS
+    keys = min(keys, units * columns * PARTITIONS)
+    full = key_tile(0, keys, run, 0, is_masked=False, is_dirty=False)
+    edge = key_tile(0, keys, run, 0, is_masked=True, is_dirty=False)
+    dirty = key_tile(0, keys, run, 0, is_masked=True, is_dirty=True)
+    return LiveTiles(full, edge, dirty, columns, math.ceil(live_slots / keys) + 1)
+
+
+def pairs_of(
+    sharding: str, program: int, batch: int, kv_heads: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The sequences and the KV heads of a program, each as (first, end)."""
+    if sharding != "batch":
+        return (0, batch), (0, kv_heads)
+    if batch > 1:
+        half = (batch + 1) // 2
+        return ((0, half), (half, batch))[program], (0, kv_heads)
+    half = (kv_heads + 1) // 2
+    return (0, 1), ((0, half), (half, kv_heads))[program]
+
+
+def slots_of(sharding: str, program: int, slots: int, unit: int) -> tuple[int, int]:
+    """The slots of a program, (first, end); the halves meet at a whole subtile."""
+    if sharding != "sequence":
+        return 0, slots
+    whole = unit if unit > 1 else PARTITIONS
+    half = min(math.ceil(slots / 2 / whole) * whole, slots)
+    return ((0, half), (half, slots))[program]

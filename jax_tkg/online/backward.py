@@ -3,7 +3,8 @@
 With weights P = exp(logits - lse), output O = P V and their cotangents, the cotangent of the logits
 is dlogits = P * (dO V^T - rowsum(dO * O) + dlse) (Dao et al., "FlashAttention", 2022, algorithm 4,
 with the term of the log-sum-exp added). What turns a query and a key into a logit (scale, soft cap,
-bias, mask) is differentiated by JAX, one tile at a time.
+bias, mask) is differentiated by JAX, one tile at a time. Without normalisation P = exp(logits -
+max), O = P V and l = rowsum(P), so dlogits = P * (dO V^T + dl).
 
 It runs on the dense form `[B, K, S, H]` in float32; `jax.vjp` of the layout's own read takes the
 cotangents back to pages and transposed keys.
@@ -11,15 +12,18 @@ cotangents back to pages and transposed keys.
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_tkg._typing import Array, Float
+from jax_tkg._typing import Array
 from jax_tkg.cache.layouts import KVLayout
+from jax_tkg.online.grid import make_grid
 from jax_tkg.online.tiles import (
+    KeyRun,
     MaskTiles,
     adjust_logits,
     grouped_queries,
@@ -30,36 +34,43 @@ from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import HIGHEST
 
-BACKWARD_TILE = 1024
-"""Keys a step: bounds the recomputed scores to `4 * B * N * T * 1024` bytes."""
+BACKWARD_QUERIES, BACKWARD_TILE = 256, 1024
+"""Queries and keys a step: bounds the recomputed scores to `4 * B * N * 256 * 1024` bytes."""
 
 
 def attention_backward(
     problem: AttentionProblem,
     ops: Operands,
-    out: Float[Array, "B T N Hv"],
-    lse: Float[Array, "B T N"],
-    d_out: Float[Array, "B T N Hv"],
-    d_lse: Float[Array, "B T N"],
+    results: tuple[Array, ...],
+    cotangents: tuple[Array, ...],
 ) -> Operands:
-    """Cotangents of the operands, in the operands' tree; None for what has none (integers)."""
+    """Cotangents of the operands, in the operands' tree; None for what has none (integers).
+
+    Args:
+        problem: the static part of the call.
+        ops: its arrays.
+        results: output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`; of a problem that is not
+            normalised, output, maximum and sum.
+        cotangents: of the results. That of the maximum is not used: it is a constant.
+    """
     (key, value), pull_read = jax.vjp(partial(_read, ops.kv), *_float_arrays(ops.kv))
     k_scale, v_scale = ops.kv.k_scale, ops.kv.v_scale
-    step = _BackwardStep(
-        problem,
-        ops,
-        _with_new(_scaled(key, k_scale), ops.new_key),
-        _with_new(_scaled(value, v_scale), ops.new_value),
-        out,
-        lse,
-        d_out,
-        d_lse,
+    step = _BackwardStep(problem, ops, results, cotangents)
+    shared = step.nothing_found()
+    d_key, d_value, shared = step.run(
+        step.masks.cached, _scaled(key, k_scale), _scaled(value, v_scale), shared
     )
-    d_query, d_key, d_value, d_bias = step.run()
-    d_key, d_new_key = _split_new(d_key, problem.kv_len, ops.new_key)
-    d_value, d_new_value = _split_new(d_value, problem.kv_len, ops.new_value)
+    d_new_key = d_new_value = None
+    if ops.new_key is not None and ops.new_value is not None:
+        new_key, new_value = (_by_head(x) for x in (ops.new_key, ops.new_value))
+        d_new_key, d_new_value, shared = step.run(step.masks.beside, new_key, new_value, shared)
+        d_new_key, d_new_value = (
+            jnp.moveaxis(d, 1, 2).astype(x.dtype)
+            for d, x in ((d_new_key, ops.new_key), (d_new_value, ops.new_value))
+        )
     found = pull_read((_scaled(d_key, k_scale), _scaled(d_value, v_scale)))
     d_stored = dict(zip(("key", "value"), found, strict=True)) if found else {}
+    d_query = shared.query.reshape(*shared.query.shape[:2], -1, problem.head_dim)
     none = jax.tree.map(lambda _: None, ops)  # None: no cotangent, as for integers
     return replace(
         none,
@@ -72,8 +83,9 @@ def attention_backward(
         ),
         new_key=d_new_key,
         new_value=d_new_value,
-        bias=None if ops.bias is None else d_bias.reshape(ops.bias.shape).astype(ops.bias.dtype),
+        bias=_like(shared.bias, ops.bias),
         sinks=None if ops.sinks is None else step.sink_cotangent(ops.sinks),
+        alibi_slopes=_like(shared.slopes, ops.alibi_slopes),
     )
 
 
@@ -102,105 +114,162 @@ def _scale_cotangent(d_scaled: Array, unscaled: Array, scale: Array | None) -> A
     return per_row if scale.shape[0] > 1 else jnp.sum(per_row, axis=0, keepdims=True)
 
 
-def _with_new(cached: Array, new: Array | None) -> Array:
-    """The cached keys or values followed by the new ones `[B, T, K, H]` beside the cache."""
-    if new is None:
-        return cached
-    return jnp.concatenate([cached, jnp.moveaxis(new.astype(jnp.float32), 2, 1)], axis=2)
+def _by_head(new: Array) -> Array:
+    """`[B, T, K, H]` as `[B, K, T, H]` in float32."""
+    return jnp.moveaxis(new.astype(jnp.float32), 2, 1)
 
 
-def _split_new(both: Array, kv_len: int, new: Array | None) -> tuple[Array, Array | None]:
-    if new is None:
-        return both, None
-    return both[:, :, :kv_len], jnp.moveaxis(both[:, :, kv_len:], 1, 2).astype(new.dtype)
+def _like(cotangent: Array | None, operand: Array | None) -> Array | None:
+    if cotangent is None or operand is None:
+        return None
+    return cotangent.reshape(operand.shape).astype(operand.dtype)
+
+
+class _Shared(NamedTuple):
+    """Cotangents to which all keys contribute.
+
+    Attributes:
+        query: `[B, K, G, T, H]`.
+        bias: as `MaskTiles.bias`, or None.
+        slopes: as `MaskTiles.slopes`, or None.
+    """
+
+    query: Array
+    bias: Array | None
+    slopes: Array | None
 
 
 class _BackwardStep:
-    """One pass over tiles of keys; rows are [B, K, G, T]."""
+    """Passes over tiles of queries and keys; rows are [B, K, G, T]."""
 
     def __init__(
         self,
         problem: AttentionProblem,
         ops: Operands,
-        key: Array,
-        value: Array,
-        out: Array,
-        lse: Array,
-        d_out: Array,
-        d_lse: Array,
+        results: tuple[Array, ...],
+        cotangents: tuple[Array, ...],
     ) -> None:
-        self.problem, self.key, self.value = problem, key, value
+        self.problem = problem
         self.masks = MaskTiles.create(problem, ops)
         self.rows = (problem.batch, problem.num_kv_heads, problem.group, problem.num_tokens)
-        self.query, self.d_out = self._rows(ops.query), self._rows(d_out)
-        lse, d_lse = (self._rows(x[..., None])[..., 0] for x in (lse, d_lse))
+        self.query, self.d_out = self._rows(ops.query), self._rows(cotangents[0])
+        d_total = self._of_rows(cotangents[-1])  # of the log-sum-exp or the sum
+        reference = self._of_rows(results[1])
         # What an empty row does has no effect, even if its cotangent is infinite.
-        self.empty = lse == -jnp.inf
-        self.lse = jnp.where(self.empty, 0.0, lse)
-        # rowsum(dO * O) - dlse, the part of dlogits that is the same for every key
-        delta = jnp.sum(self.d_out * self._rows(out), -1) - d_lse
-        self.delta = jnp.where(self.empty, 0.0, delta)
+        if problem.normalize:
+            empty = reference == -jnp.inf
+            # rowsum(dO * O) - dlse, the part of dlogits that is the same for every key
+            delta = jnp.sum(self.d_out * self._rows(results[0]), -1) - d_total
+        else:
+            empty = self._of_rows(results[2]) == 0
+            delta = -d_total
+        self.reference = jnp.where(empty, 0.0, reference)
+        self.delta = jnp.where(empty, 0.0, delta)
 
     def _rows(self, array: Array) -> Array:
         grouped = grouped_queries(array.astype(jnp.float32), self.problem.num_kv_heads)
         return grouped.reshape(*self.rows, array.shape[-1])
 
-    def run(self) -> tuple[Array, Array, Array, Array]:
-        """Cotangents of query `[B, K, G * T, H]`, dense key and value, and bias."""
-        keys = self.key.shape[2]
-        tile = min(BACKWARD_TILE, keys)
-        bias = self.masks.bias
-        carry = (
-            jnp.zeros_like(self.query),
-            jnp.zeros_like(self.key),
-            jnp.zeros_like(self.value),
-            jnp.zeros(()) if bias is None else jnp.zeros_like(bias, jnp.float32),
-        )
-        carry = lax.fori_loop(0, -(-keys // tile), partial(self._tile, tile), carry)
-        d_query, d_key, d_value, d_bias = carry
-        return d_query.reshape(*self.rows[:2], -1, d_query.shape[-1]), d_key, d_value, d_bias
+    def _of_rows(self, array: Array) -> Array:
+        return self._rows(array[..., None])[..., 0]
 
-    def _tile(self, size: int, i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        d_query, d_key, d_value, d_bias = carry
-        fresh = i * size
-        start = jnp.minimum(fresh, self.key.shape[2] - size)
-        key, value = (
-            lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (self.key, self.value)
+    def nothing_found(self) -> _Shared:
+        """Zeros."""
+        arrays = _Shared(self.query, self.masks.bias, self.masks.slopes)
+        return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), arrays)
+
+    def run(
+        self, run: KeyRun | None, key: Array, value: Array, shared: _Shared
+    ) -> tuple[Array, Array, _Shared]:
+        """Cotangents of the keys and values `[B, K, keys, H]` of a run, and the shared ones."""
+        assert run is not None
+        grid = make_grid(
+            self.problem,
+            min(BACKWARD_QUERIES, self.problem.num_tokens),
+            min(BACKWARD_TILE, run.size),
+            beside=run is self.masks.beside,
         )
-        seen, bias = self.masks.everything(start, size, fresh)
+        pairs = jnp.asarray(grid.pairs())
+
+        def fold(i: Array, carry: tuple[Array, Array, _Shared]) -> tuple[Array, Array, _Shared]:
+            fresh = pairs[i] * jnp.asarray((grid.query_tile, grid.key_tile), jnp.int32)
+            return self._tile(run, key, value, (grid.query_tile, grid.key_tile), fresh, carry)
+
+        carry = (jnp.zeros_like(key), jnp.zeros_like(value), shared)
+        return lax.fori_loop(0, grid.computed, fold, carry) if grid.computed else carry
+
+    def _tile(
+        self,
+        run: KeyRun,
+        all_keys: Array,
+        all_values: Array,
+        sizes: tuple[int, int],
+        fresh: Array,
+        carry: tuple[Array, Array, _Shared],
+    ) -> tuple[Array, Array, _Shared]:
+        """Adds what a tile of queries and keys contributes; earlier than `fresh` was counted."""
+        d_key, d_value, shared = carry
+        tokens, size = sizes
+        at = jnp.minimum(fresh[0], self.problem.num_tokens - tokens)
+        start = jnp.minimum(fresh[1], run.size - size)
+        query, d_out, reference, delta = (
+            lax.dynamic_slice_in_dim(x, at, tokens, axis=3)
+            for x in (self.query, self.d_out, self.reference, self.delta)
+        )
+        key, value = (
+            lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (all_keys, all_values)
+        )
+        masks = self.masks.tokens(at, tokens)
+        of_queries = masks.beside if run is self.masks.beside else masks.cached
+        assert of_queries is not None
+        seen, _ = masks.tile(of_queries, start, size, fresh[1])
+        if self.problem.num_tokens % tokens:
+            seen &= (jnp.arange(tokens, dtype=jnp.int32) + at >= fresh[0])[:, None]
         # A key that no query sees is padding: keep its NaN out of the products.
         by_any = jnp.any(seen, axis=(2, 3))
         key, value = without_unseen(key, by_any), without_unseen(value, by_any)
-        logits, pull = jax.vjp(partial(self._logits, seen), self.query, key, bias)
-        weights = jnp.exp(logits - self.lse[..., None])  # 0 all along an empty row
-        d_weights = jnp.einsum("bkgth,bksh->bkgts", self.d_out, value, precision="highest")
-        d_logits = weights * (d_weights - self.delta[..., None])
-        dq, dk, db = pull(d_logits)
-        dv = jnp.einsum("bkgts,bkgth->bksh", weights, self.d_out, precision="highest")
-        if bias is not None:
-            d_bias = _add_slice(d_bias, db, start, axis=4)
-        return (
-            d_query + dq,
-            _add_slice(d_key, dk, start, axis=2),
-            _add_slice(d_value, dv, start, axis=2),
-            d_bias,
+        bias, slopes = (
+            None if x is None else x.astype(jnp.float32)
+            for x in (masks.dense_bias(of_queries, start, size), masks.slopes)
         )
 
-    def _logits(self, seen: Array, query: Array, key: Array, bias: Array | None) -> Array:
-        products = jnp.einsum("bkgth,bksh->bkgts", query, key, precision="highest")
-        logits = adjust_logits(self.problem, products, self.problem.scale, seen, bias)
-        return jnp.minimum(logits, HIGHEST)
+        def make_logits(
+            query: Array, key: Array, bias: Array | None, slopes: Array | None
+        ) -> Array:
+            products = jnp.einsum("bkgth,bksh->bkgts", query, key, precision="highest")
+            whole = masks.whole_bias(of_queries, start, bias, slopes, size)
+            logits = adjust_logits(self.problem, products, self.problem.scale, seen, whole)
+            return jnp.minimum(logits, HIGHEST)
+
+        logits, pull = jax.vjp(make_logits, query, key, bias, slopes)
+        weights = jnp.exp(logits - reference[..., None])  # 0 all along an empty row
+        d_weights = jnp.einsum("bkgth,bksh->bkgts", d_out, value, precision="highest")
+        dq, dk, db, ds = pull(weights * (d_weights - delta[..., None]))
+        dv = jnp.einsum("bkgts,bkgth->bksh", weights, d_out, precision="highest")
+        if shared.bias is not None:
+            first = at if shared.bias.shape[3] > 1 else 0
+            d_bias = _add_at(shared.bias, db, (0, 0, 0, first, run.offset + start))
+        return (
+            _add_at(d_key, dk, (0, 0, start, 0)),
+            _add_at(d_value, dv, (0, 0, start, 0)),
+            _Shared(
+                _add_at(shared.query, dq, (0, 0, 0, at, 0)),
+                None if shared.bias is None else d_bias,
+                None if shared.slopes is None else shared.slopes + ds,
+            ),
+        )
 
     def sink_cotangent(self, sinks: Array) -> Array:
-        """The sink's weight is exp(sink - lse); it has no value, so d = -weight * delta."""
+        """The sink's weight is exp(sink - reference); it has no value, so d = -weight * delta."""
         split = jnp.minimum(sinks.astype(jnp.float32), HIGHEST)
         split = split.reshape(sinks.shape[0], *self.rows[1:3], 1)
-        d_rows = -jnp.sum(jnp.exp(split - self.lse) * self.delta, axis=3)
+        d_rows = -jnp.sum(jnp.exp(split - self.reference) * self.delta, axis=3)
         if sinks.shape[0] == 1:
             d_rows = jnp.sum(d_rows, axis=0, keepdims=True)
         return d_rows.reshape(sinks.shape).astype(sinks.dtype)
 
 
-def _add_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
-    old = lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
-    return lax.dynamic_update_slice_in_dim(total, old + part, start, axis)
+def _add_at(total: Array, part: Array, starts: tuple[Array | int, ...]) -> Array:
+    at = [jnp.asarray(x, jnp.int32) for x in starts]
+    old = lax.dynamic_slice(total, at, part.shape)
+    return lax.dynamic_update_slice(total, old + part, at)

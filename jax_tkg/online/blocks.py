@@ -50,7 +50,7 @@ class _BlockStep:
         """First tile and end of the loop over all rows."""
         if not self.plan.dynamic_trips:
             return 0, self.plan.num_tiles
-        first, end = self.masks.live_slots()
+        first, end = self.masks.cached.live()
         return jnp.min(first) // self.plan.tile, -(-jnp.max(end) // self.plan.tile)
 
     def fold_tile(self, i: Array, state: SoftmaxState) -> SoftmaxState:
@@ -66,7 +66,7 @@ class _BlockStep:
         """Folds one tile of slots from `start`, of which those from `fresh` on are new."""
         kv = self.ops.kv
         key, value = kv.block(start, self.plan.tile, self.plan.compute_dtype)
-        seen, bias = self.masks.cached(start, self.plan.tile, fresh)
+        seen, bias = self.masks.tile(self.masks.cached, start, self.plan.tile, fresh)
         return self._fold(state, key, value, seen, bias, kv.k_scale, kv.v_scale)
 
     def fold_new(self, state: SoftmaxState) -> SoftmaxState:
@@ -77,7 +77,8 @@ class _BlockStep:
             jnp.moveaxis(new.astype(self.plan.compute_dtype), 2, 1)
             for new in (self.ops.new_key, self.ops.new_value)
         )
-        seen, bias = self.masks.beside()
+        assert self.masks.beside is not None
+        seen, bias = self.masks.tile(self.masks.beside, 0, self.problem.num_tokens, 0)
         return self._fold(state, key, value, seen, bias, None, None)
 
     def _fold(

@@ -1,5 +1,6 @@
 """The ROWS form: one (sequence, KV head) after another, each to its own length. For XLA:CPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import lax
 from jax_tkg._typing import Array, Float
 from jax_tkg.online.plan import OnlinePlan
 from jax_tkg.online.tiles import (
+    KeyRun,
     MaskTiles,
     adjust_logits,
     grouped_queries,
@@ -19,6 +21,9 @@ from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import SoftmaxState
 
+Fold = Callable[[Array, SoftmaxState], SoftmaxState]
+"""Folds the tile of a number into the state."""
+
 
 def attend_rows(
     problem: AttentionProblem, ops: Operands, plan: OnlinePlan
@@ -26,7 +31,7 @@ def attend_rows(
     """Attention in float32 and its log-sum-exp."""
     masks = MaskTiles.create(problem, ops)
     queries = grouped_queries(ops.query.astype(jnp.float32), problem.num_kv_heads)
-    tiles = TileRanges.create(masks, plan)
+    tiles = TileRanges.create(masks, masks.cached, plan.tile)
     sinks = None if ops.sinks is None else grouped_sinks(ops.sinks, problem)
 
     def attend_row(r: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -37,7 +42,7 @@ def attend_rows(
         state = SoftmaxState.init((problem.rows_per_head,), problem.value_head_dim, key_axis=0)
         if problem.has_new_kv:
             state = step.fold_new(state)
-        state = tiles.fold(batch, step, state)
+        state = tiles.fold(batch, step.fold_full, step.fold_edge, state)
         if sinks is not None:
             state = state.add_sink(sinks[batch if sinks.shape[0] > 1 else 0, head])
         out, lse = state.finalize()
@@ -70,26 +75,26 @@ class TileRanges:
     full_end: Array
 
     @classmethod
-    def create(cls, masks: MaskTiles, plan: OnlinePlan) -> "TileRanges":
-        """Turns ranges of slots into ranges of tiles."""
-        (first, end), (full_first, full_end) = masks.live_slots(), masks.full_slots()
-        first, end = first // plan.tile, -(-end // plan.tile)
+    def create(cls, masks: MaskTiles, run: KeyRun, tile: int) -> "TileRanges":
+        """Turns ranges of keys into ranges of tiles."""
+        (first, end), (full_first, full_end) = run.live(), masks.full(run)
+        first, end = first // tile, -(-end // tile)
         # Clipped so that first <= full_first <= full_end <= end also for rows without a live tile.
         end = jnp.maximum(first, end)
-        full_first = jnp.clip(-(-full_first // plan.tile), first, end)
-        full_end = jnp.clip(full_end // plan.tile, full_first, end)
+        full_first = jnp.clip(-(-full_first // tile), first, end)
+        full_end = jnp.clip(full_end // tile, full_first, end)
         return cls(first, end, full_first, full_end)
 
-    def fold(self, batch: Array, step: "_RowStep", state: SoftmaxState) -> SoftmaxState:
-        """Folds the live tiles of one row: the full ones, then those at either end."""
+    def fold(self, batch: Array | int, full: Fold, edge: Fold, state: SoftmaxState) -> SoftmaxState:
+        """Folds the live tiles of one row: with `full` where it can, then with `edge`."""
         first, full_first, full_end, end = (
             x[batch] for x in (self.first, self.full_first, self.full_end, self.end)
         )
-        state = lax.fori_loop(full_first, full_end, step.fold_full, state)
+        state = lax.fori_loop(full_first, full_end, full, state)
         before = full_first - first
 
         def fold_edge(i: Array, state: SoftmaxState) -> SoftmaxState:
-            return step.fold_edge(jnp.where(i < before, first + i, full_end + i - before), state)
+            return edge(jnp.where(i < before, first + i, full_end + i - before), state)
 
         return lax.fori_loop(0, before + end - full_end, fold_edge, state)
 
@@ -113,13 +118,14 @@ class _RowStep:
     def fold_full(self, i: Array, state: SoftmaxState) -> SoftmaxState:
         """Folds tile i of the cache, all of whose keys every query sees."""
         start = i * self.plan.tile
-        return self._fold_cached(state, start, None, self.masks.bias_only(start, self.plan.tile))
+        bias = self.masks.bias_tile(self.masks.cached, start, self.plan.tile)
+        return self._fold_cached(state, start, None, bias)
 
     def fold_edge(self, i: Array, state: SoftmaxState) -> SoftmaxState:
         """Folds tile i of the cache under its mask."""
         fresh = i * self.plan.tile
         start = jnp.minimum(fresh, self.problem.kv_len - self.plan.tile)
-        seen, bias = self.masks.cached(start, self.plan.tile, fresh)
+        seen, bias = self.masks.tile(self.masks.cached, start, self.plan.tile, fresh)
         return self._fold_cached(state, start, seen, bias)
 
     def _fold_cached(
@@ -140,7 +146,8 @@ class _RowStep:
             for new in (self.ops.new_key, self.ops.new_value)
         )
         products = lax.dot_general(key, self.query, (((1,), (1,)), ((), ())))
-        seen, bias = self.masks.beside()
+        assert self.masks.beside is not None
+        seen, bias = self.masks.tile(self.masks.beside, 0, self.problem.num_tokens, 0)
         return self._fold(state, products, value, seen, bias, None, None)
 
     def _fold(

@@ -1,15 +1,15 @@
 """What a tile of keys needs beside keys and values: which are seen, the bias, the adjusted logits.
 
 Everything is in the order [B, K, G, T, keys] with broadcast dimensions of size 1; `MaskTiles.row`
-gives the same object for one KV head of one sequence.
+gives the same object for one KV head of one sequence, `MaskTiles.tokens` for some of the queries.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_tkg._typing import Array, Bool, Float, Int, Leaf
@@ -17,10 +17,77 @@ from jax_tkg.masks import NO_POSITION, default_query_positions
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 
+_FAR = np.iinfo(np.int32).max
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["query_positions", "live_end", "total", "start", "key_positions", "mask", "bias"],
+    data_fields=["positions", "first", "low", "high"],
+    meta_fields=["size", "offset", "in_order"],
+)
+@dataclass(frozen=True)
+class KeyRun:
+    """Keys that follow each other: the slots of the cache, or the new keys beside it.
+
+    Attributes:
+        positions: `[B, size]`, negative for no token; None where key i of a row is at `first + i`.
+        first: `[B]`.
+        low, high: `[B, T]`, the positions that each query sees here: low <= position < high.
+        size: how many keys.
+        offset: where they begin among the S' of mask and bias.
+        in_order: key i is at `first + i` or, where `positions` says so, nowhere.
+    """
+
+    positions: Leaf | None
+    first: Leaf
+    low: Leaf
+    high: Leaf
+    size: int
+    offset: int
+    in_order: bool
+
+    def at(self, start: Array | int, size: int) -> Int[Array, "B size"]:
+        """Positions of `size` keys from `start`."""
+        if self.positions is not None:
+            return lax.dynamic_slice_in_dim(self.positions, start, size, axis=1)
+        return self.first[:, None] + (jnp.arange(size, dtype=jnp.int32) + start)
+
+    def live(self) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """First key and end of the keys of each row that some query may see."""
+        seeing, size = self.low < self.high, self.size
+        if self.in_order:
+            first = self.first[:, None]
+            low = jnp.min(jnp.where(seeing, self.low - first, size), axis=1)
+            high = jnp.max(jnp.where(seeing, self.high - first, 0), axis=1)
+            return jnp.clip(low, 0, size), jnp.clip(high, 0, size)
+        positions, index = self.at(0, size), jnp.arange(size, dtype=jnp.int32)
+        low = jnp.min(jnp.where(seeing, self.low, _FAR), axis=1)[:, None]
+        high = jnp.max(jnp.where(seeing, self.high, 0), axis=1)[:, None]
+        near = (positions >= low) & (positions < high)
+        first = jnp.min(jnp.where(near, index, size), axis=1)
+        return first, jnp.max(jnp.where(near, index + 1, 0), axis=1)
+
+    def full(self) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """A range of keys of each row that every query sees, so that no mask is needed there.
+
+        Empty where that is not known from positions alone.
+        """
+        if not self.in_order:
+            zero = jnp.zeros_like(self.first)
+            return zero, zero
+        low, high = jnp.max(self.low, axis=1), jnp.min(self.high, axis=1)
+        first, end = (jnp.clip(x - self.first, 0, self.size) for x in (low, high))
+        if self.positions is not None:  # holes: give up on a row that has one in the range
+            index = jnp.arange(self.size, dtype=jnp.int32)
+            inside = (index >= first[:, None]) & (index < end[:, None])
+            holed = jnp.any(inside & (self.positions == NO_POSITION), axis=1)
+            end = jnp.where(holed, first, end)
+        return first, jnp.maximum(first, end)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query_positions", "cached", "beside", "mask", "bias", "slopes"],
     meta_fields=["problem"],
 )
 @dataclass(frozen=True)
@@ -30,156 +97,161 @@ class MaskTiles:
     Attributes:
         problem: the static part.
         query_positions: `[B, T]`.
-        live_end: `[B]`, positions in the cache end before this one.
-        total: `[B]`, tokens of the row with the new ones.
-        start: `[B]`, first live position.
-        key_positions: `[B, S]`, or None when slot s holds position s.
+        cached: the keys in the cache.
+        beside: the new keys beside it, or None.
         mask: `[B|1, K|1, G|1, T|1, S']` or None.
         bias: likewise.
+        slopes: of ALiBi, `[B|1, K, G, 1, 1]` or None.
     """
 
     problem: AttentionProblem
     query_positions: Leaf
-    live_end: Leaf
-    total: Leaf
-    start: Leaf
-    key_positions: Leaf | None
+    cached: KeyRun
+    beside: KeyRun | None
     mask: Leaf | None
     bias: Leaf | None
+    slopes: Leaf | None
 
     @classmethod
     def create(cls, problem: AttentionProblem, ops: Operands) -> "MaskTiles":
         """Fills in the defaults of what the caller left out."""
-        beside = problem.num_tokens if problem.has_new_kv else 0
+        new = problem.num_tokens if problem.has_new_kv else 0
         zeros = jnp.zeros((problem.batch,), jnp.int32)
-        total = zeros + (problem.kv_len + beside) if ops.lengths is None else ops.lengths
-        query_positions = ops.query_positions
-        if query_positions is None:
-            query_positions = default_query_positions(total, problem.num_tokens)
-        key_positions, usable = ops.key_positions, ops.kv.usable()
-        if usable is not None:
-            slots = jnp.arange(problem.kv_len, dtype=jnp.int32)[None]
-            known = slots if key_positions is None else key_positions
-            key_positions = jnp.where(usable, known, NO_POSITION)
+        total = zeros + (problem.kv_len + new) if ops.lengths is None else ops.lengths
+        at = ops.query_positions
+        if at is None:
+            at = default_query_positions(total, problem.num_tokens)
+        start = (zeros if ops.starts is None else ops.starts)[:, None]
+        slopes = ops.alibi_slopes
+
+        def interval(end: Array) -> tuple[Array, Array]:
+            low, high = problem.rule.interval(at, start, end[:, None])
+            low, high = (jnp.broadcast_to(x, at.shape) for x in (low, high))
+            if ops.key_bounds is None:
+                return low, high
+            first, behind = ops.key_bounds[..., 0], ops.key_bounds[..., 1]
+            return jnp.maximum(low, first), jnp.minimum(high, behind)
+
         return cls(
             problem=problem,
-            query_positions=query_positions,
-            live_end=total - beside,
-            total=total,
-            start=zeros if ops.starts is None else ops.starts,
-            key_positions=key_positions,
+            query_positions=at,
+            cached=KeyRun(
+                _slot_positions(ops),
+                zeros,
+                *interval(total - new),
+                size=problem.kv_len,
+                offset=0,
+                in_order=not problem.has_positions,
+            ),
+            beside=KeyRun(
+                at if problem.has_query_positions else None,
+                total - new,
+                *interval(total),
+                size=new,
+                offset=problem.kv_len,
+                in_order=not problem.has_query_positions,
+            )
+            if new
+            else None,
             mask=None if ops.mask is None else _by_group(ops.mask, problem),
             bias=None if ops.bias is None else _by_group(ops.bias, problem),
+            slopes=None if slopes is None else _by_group(slopes[..., None, None], problem),
         )
+
+    @property
+    def runs(self) -> tuple[KeyRun, ...]:
+        """The cached keys, and those beside them."""
+        return (self.cached,) if self.beside is None else (self.cached, self.beside)
 
     def row(self, batch: Array, head: Array) -> "MaskTiles":
         """The same for one KV head of one sequence: B = K = 1."""
 
-        def pick(array: Array | None) -> Array | None:
-            return None if array is None else lax.dynamic_slice_in_dim(array, batch, 1, 0)
+        def pick(array: Array) -> Array:
+            return lax.dynamic_slice_in_dim(array, batch, 1, 0)
 
-        def pick_head(array: Array | None) -> Array | None:
-            if array is None:
-                return None
+        def pick_head(array: Array) -> Array:
             for axis, index in ((0, batch), (1, head)):
                 if array.shape[axis] > 1:
                     array = lax.dynamic_slice_in_dim(array, index, 1, axis)
             return array
 
-        picked: dict[str, Any] = {
-            name: pick(getattr(self, name))
-            for name in ("query_positions", "live_end", "total", "start", "key_positions")
-        }
-        return replace(self, **picked, mask=pick_head(self.mask), bias=pick_head(self.bias))
+        rows = (self.query_positions, self.cached, self.beside)
+        query_positions, cached, beside = jax.tree.map(pick, rows)
+        mask, bias, slopes = jax.tree.map(pick_head, (self.mask, self.bias, self.slopes))
+        return MaskTiles(self.problem, query_positions, cached, beside, mask, bias, slopes)
 
-    def cached(
-        self, start: Array | int, size: int, fresh_from: Array | int
-    ) -> tuple[Bool[Array, "#B #K #G #T size"], Float[Array, "#B #K #G #T size"] | None]:
-        """Seen keys and bias of `size` cache slots from `start`.
+    def tokens(self, start: Array | int, size: int) -> "MaskTiles":
+        """The same for `size` queries from `start`: T = size."""
 
-        Slots before `fresh_from` were in an earlier tile and are not seen again.
-        """
-        slots = jnp.arange(size, dtype=jnp.int32) + start
-        if self.key_positions is None:
-            positions = slots[None]
-        else:
-            positions = lax.dynamic_slice_in_dim(self.key_positions, start, size, axis=1)
-        seen = self._visible(positions, self.live_end[:, None])
-        if self.problem.kv_len % size:
-            seen &= slots >= fresh_from
-        return self._with_dense(seen, start, size)
+        def pick(array: Array, axis: int = 1) -> Array:
+            if array.shape[axis] == 1:
+                return array
+            return lax.dynamic_slice_in_dim(array, start, size, axis)
 
-    def beside(self) -> tuple[Bool[Array, "#B #K #G #T T2"], Float[Array, "#B #K #G #T T2"] | None]:
-        """Seen keys and bias of the new keys beside the cache."""
-        seen = self._visible(self.query_positions, self.total[:, None])
-        return self._with_dense(seen, self.problem.kv_len, self.problem.num_tokens)
+        def pick_run(run: KeyRun) -> KeyRun:
+            return replace(run, low=pick(run.low), high=pick(run.high))
 
-    def everything(
-        self, start: Array, size: int, fresh_from: Array
-    ) -> tuple[Bool[Array, "#B #K #G #T size"], Float[Array, "#B #K #G #T size"] | None]:
-        """As `cached`, over the cache followed by the new keys beside it."""
-        slots = jnp.arange(size, dtype=jnp.int32) + start
-        kv_len = self.problem.kv_len
-        positions, end = slots[None], self.live_end[:, None]
-        if self.key_positions is not None:
-            positions = jnp.take(self.key_positions, slots, axis=1, mode="clip")
-        if self.problem.has_new_kv:
-            new = jnp.take(self.query_positions, slots - kv_len, axis=1, mode="clip")
-            in_cache = (slots < kv_len)[None]
-            positions = jnp.where(in_cache, positions, new)
-            end = jnp.where(in_cache, end, self.total[:, None])
-        return self._with_dense(self._visible(positions, end) & (slots >= fresh_from), start, size)
-
-    def live_slots(self) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        """First live slot and the end of the live slots of each row."""
-        first = self.problem.rule.first_visible(self.query_positions, self.start)
-        if not self.problem.has_positions:
-            return first, jnp.clip(self.live_end, 0, self.problem.kv_len)
-        assert self.key_positions is not None
-        live = (self.key_positions >= first[:, None]) & (
-            self.key_positions < self.live_end[:, None]
+        return replace(
+            self,
+            query_positions=pick(self.query_positions),
+            cached=pick_run(self.cached),
+            beside=None if self.beside is None else pick_run(self.beside),
+            mask=None if self.mask is None else pick(self.mask, 3),
+            bias=None if self.bias is None else pick(self.bias, 3),
         )
-        slots = jnp.arange(self.problem.kv_len, dtype=jnp.int32)
-        low = jnp.min(jnp.where(live, slots, self.problem.kv_len), axis=1)
-        return low, jnp.max(jnp.where(live, slots + 1, 0), axis=1)
 
-    def full_slots(self) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        """A range of slots of each row that all its queries see, so that no mask is needed there.
+    def tile(
+        self, run: KeyRun, start: Array | int, size: int, fresh_from: Array | int
+    ) -> tuple[Bool[Array, "#B #K #G #T size"], Float[Array, "#B #K #G #T size"] | None]:
+        """Seen keys and bias of `size` keys of a run from `start`.
 
-        Empty where that is not known from positions alone.
+        Keys before `fresh_from` were in an earlier tile and are not seen again.
         """
-        zero = jnp.zeros_like(self.start)
-        if self.problem.has_positions or self.mask is not None:
-            return zero, zero
-        first, end = self.problem.rule.seen_by_all(
-            self.query_positions, self.start, jnp.minimum(self.live_end, self.problem.kv_len)
-        )
-        if self.key_positions is not None:  # holes: give up on a row that has one in the range
-            slots = jnp.arange(self.problem.kv_len, dtype=jnp.int32)
-            inside = (slots >= first[:, None]) & (slots < end[:, None])
-            holed = jnp.any(inside & (self.key_positions == NO_POSITION), axis=1)
-            end = jnp.where(holed, first, end)
-        return first, end
+        positions = run.at(start, size)[:, None]
+        seen = (positions >= run.low[..., None]) & (positions < run.high[..., None])
+        if run.size % size:
+            seen &= jnp.arange(size, dtype=jnp.int32) + start >= fresh_from
+        seen = seen[:, None, None]
+        if self.mask is not None:
+            seen = seen & lax.dynamic_slice_in_dim(self.mask, run.offset + start, size, axis=4)
+        return seen, self.bias_tile(run, start, size)
 
-    def bias_only(self, start: Array | int, size: int) -> Float[Array, "#B #K #G #T size"] | None:
-        """The bias of slots that need no mask."""
+    def full(self, run: KeyRun) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """As `KeyRun.full`, with the dense mask."""
+        zero = jnp.zeros_like(run.first)
+        return run.full() if self.mask is None else (zero, zero)
+
+    def bias_tile(
+        self, run: KeyRun, start: Array | int, size: int
+    ) -> Float[Array, "#B #K #G #T size"] | None:
+        """The bias of `size` keys of a run from `start`, or None without one."""
+        return self.whole_bias(run, start, self.dense_bias(run, start, size), self.slopes, size)
+
+    def dense_bias(self, run: KeyRun, start: Array | int, size: int) -> Array | None:
+        """The part of it that is an operand, in the operand's dtype."""
         if self.bias is None:
             return None
-        return lax.dynamic_slice_in_dim(self.bias, start, size, axis=4).astype(jnp.float32)
+        return lax.dynamic_slice_in_dim(self.bias, run.offset + start, size, axis=4)
 
-    def _visible(self, positions: Array, end: Array) -> Array:
-        seen = self.problem.rule.visible(
-            self.query_positions[:, :, None],
-            positions[:, None, :],
-            self.start[:, None, None],
-            end[:, None, :],
-        )
-        return seen[:, None, None]
+    def whole_bias(
+        self, run: KeyRun, start: Array | int, dense: Array | None, slopes: Array | None, size: int
+    ) -> Float[Array, "#B #K #G #T size"] | None:
+        """The sum of a tile of the dense bias and of ALiBi's, a function of both."""
+        bias = None if dense is None else dense.astype(jnp.float32)
+        if slopes is None:
+            return bias
+        far = jnp.abs(self.query_positions[..., None] - run.at(start, size)[:, None])
+        linear = -slopes.astype(jnp.float32) * far[:, None, None].astype(jnp.float32)
+        return linear if bias is None else bias + linear
 
-    def _with_dense(self, seen: Array, start: Array | int, size: int) -> tuple[Array, Array | None]:
-        if self.mask is not None:
-            seen = seen & lax.dynamic_slice_in_dim(self.mask, start, size, axis=4)
-        return seen, self.bias_only(start, size)
+
+def _slot_positions(ops: Operands) -> Array | None:
+    """`[B, S]`, or None where slot s holds position s."""
+    usable = ops.kv.usable()
+    if usable is None:
+        return ops.key_positions
+    slots = jnp.arange(usable.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(usable, slots if ops.key_positions is None else ops.key_positions, NO_POSITION)
 
 
 def _by_group(array: Array, problem: AttentionProblem) -> Array:

@@ -1,22 +1,31 @@
 """The decode kernel by itself: language, hardware rules, exchanges, long buckets, every step."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_tkg
 from jax_tkg.nki import attention_tkg as kernel_module
 from jax_tkg.nki import interpreter
-from jax_tkg.nki.attention_tkg import attention_tkg
+from jax_tkg.nki.attention_tkg import attend, attention_tkg
+from jax_tkg.nki.buffers import Inputs
+from jax_tkg.nki.implementation import NkiInterpret
+from jax_tkg.nki.interpreter import isa as nisa
+from jax_tkg.nki.interpreter import language as nl
 from jax_tkg.nki.interpreter.lint import check
-from jax_tkg.nki.plan import KernelPlan, make_plan
-from jax_tkg.nki.steps import exchange, finalize, pv, qk, softmax
+from jax_tkg.nki.live_tiles import place_live_tiles
+from jax_tkg.nki.plan import Features, KernelPlan, make_plan
+from jax_tkg.nki.rope_call import rotary_table
+from jax_tkg.nki.steps import exchange, finalize, mask, softmax
+from jax_tkg.rope import RotaryEmbedding
 
-NAMES = (
-    "positions", "page_rows", "new_key", "new_value", "new_bounds", "new_positions", "sinks",
-    "hidden", "bias", "logit_scales", "value_scales",
-)  # fmt: skip
+NAMES = tuple(inspect.signature(attention_tkg).parameters)[:-1]
+ROTARY = RotaryEmbedding()
 
 
 def test_the_compiler_accepts_its_language() -> None:
@@ -30,51 +39,82 @@ class Case:
         random = np.random.default_rng(0)
         b, t, s, n, k = plan.batch, plan.tokens, plan.slots, plan.heads, plan.kv_heads
         self.plan = plan
-        self.query = random.normal(size=(b, t, n, plan.head_dim)).astype(np.float32)
-        self.key = random.normal(size=(b, k, s, plan.head_dim)).astype(np.float32)
-        self.key *= 1 + 3 * np.arange(s, dtype=np.float32)[:, None] / max(lengths)
-        self.value = random.normal(size=(b, k, s, plan.value_head_dim)).astype(np.float32)
-        position = np.array(lengths)[:, None] - t + np.arange(t)
-        low = np.zeros((b, t)) if window is None else np.maximum(0, position - window + 1)
-        self.bounds = np.stack([low, np.clip(position + 1, 0, None)]).astype(np.float32)
-        for row, length in enumerate(lengths):
-            self.key[row, :, length:] = self.value[row, :, length:] = np.nan
-        self.extra: dict[str, np.ndarray] = {}
-        if plan.has_sinks:
-            self.extra["sinks"] = random.normal(size=b * n * t).astype(np.float32)
-        if plan.has_new_keys:
-            shape = (b, t, k)
-            self.extra["new_key"] = random.normal(size=(*shape, plan.head_dim)).astype(np.float32)
-            self.extra["new_value"] = random.normal(size=(*shape, plan.value_head_dim)).astype(
-                np.float32
-            )
-            self.extra["new_positions"] = position.astype(np.int32) + t
-            self.extra["new_bounds"] = np.stack([low, position + t + 1]).astype(np.float32)
 
-    def run(self, **options: Any) -> interpreter.Run:
-        given = dict.fromkeys(NAMES) | self.extra
+        def normal(*shape: int) -> np.ndarray:
+            return random.normal(size=shape).astype(np.float32)
+
+        query, key = normal(b, t, n, plan.head_dim), normal(b, k, s, plan.head_dim)
+        key *= 1 + 3 * np.arange(s, dtype=np.float32)[:, None] / max(lengths)
+        value = normal(b, k, s, plan.value_head_dim)
+        end = np.array(lengths)[:, None]
+        position = end - t + np.arange(t)
+        new_position = end + np.arange(t)
+        high = position + 1
+        if plan.features.has_new_keys:
+            position, high = new_position, np.broadcast_to(end, (b, t))
+        low = np.zeros((b, t)) if window is None else np.maximum(0, position - window + 1)
+        for row, length in enumerate(lengths):
+            key[row, :, length:] = value[row, :, length:] = np.nan
+        self.arrays: dict[str, Any] = dict.fromkeys(NAMES)
+        bounds = np.stack([low, np.maximum(high, 0)]).astype(np.float32)
+        self.arrays |= {"query": query, "key": key, "value": value, "bounds": bounds}
+        if plan.features.has_sinks:
+            self.arrays["sinks"] = normal(b * n * t)
+        if plan.features.has_new_keys:
+            hidden = (np.arange(t)[:, None] > np.arange(t)) | (
+                new_position[:, :, None] < low[:, None, :]
+            )  # sequence, key, token
+            by_row = np.broadcast_to(hidden[:, None], (b, n, t, t)).transpose(2, 0, 1, 3)
+            self.arrays |= {
+                "new_key": normal(b, t, k, plan.head_dim),
+                "new_value": normal(b, t, k, plan.value_head_dim),
+                "new_hidden": np.ascontiguousarray(by_row.reshape(t, -1)).astype(np.uint8),
+            }
+        if plan.features.rotary is not None:
+            self.arrays["query_positions"] = new_position.astype(np.int32)
+            self.arrays["rotary_table"] = rotary_table(ROTARY, plan.head_dim)
+        if plan.live is not None:
+            low, high = jnp.asarray(bounds)
+            placed = place_live_tiles(low, high, None, s, plan.live, plan.programs)
+            names = ("live_counts", "live_starts", "live_edges")
+            self.arrays |= zip(names, map(np.asarray, placed), strict=True)
+
+    def run(self, kernel: Any = attention_tkg, **options: Any) -> interpreter.Run:
         return interpreter.run(
-            attention_tkg, self.query, self.key, self.value, self.bounds, *given.values(),
-            self.plan, programs=self.plan.programs, **options,
-        )  # fmt: skip
+            kernel, *self.arrays.values(), self.plan, programs=self.plan.programs, **options
+        )
+
+    def rotated(self, name: str) -> np.ndarray:
+        """Queries or new keys as they are attended with, float64."""
+        rows = self.arrays[name]
+        if self.plan.features.rotary is None:
+            return np.asarray(rows, np.float64)
+        frequencies = np.asarray(ROTARY.frequencies(self.plan.head_dim), np.float64)
+        angles = self.arrays["query_positions"][..., None, None] * frequencies
+        first, second = np.split(rows.astype(np.float64), 2, axis=-1)
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
     def answer(self) -> tuple[np.ndarray, np.ndarray]:
         """Output and log-sum-exp in float64, one row at a time."""
-        plan = self.plan
+        plan, arrays = self.plan, self.arrays
         out = np.zeros((plan.batch, plan.tokens, plan.heads, plan.value_head_dim))
         lse = np.full(out.shape[:3], -np.inf)
-        sinks = self.extra.get("sinks")
+        query = self.rotated("query")
+        new_keys = self.rotated("new_key") if plan.features.has_new_keys else None
         for b, t, n in np.ndindex(lse.shape):
-            k = n // plan.group
-            first, end = self.bounds[:, b, t].astype(int)
-            keys, values = self.key[b, k, first:end], self.value[b, k, first:end]
-            if plan.has_new_keys:
-                keys = np.concatenate([keys, self.extra["new_key"][b, : t + 1, k]])
-                values = np.concatenate([values, self.extra["new_value"][b, : t + 1, k]])
-            logits = keys.astype(np.float64) @ self.query[b, t, n] * plan.scale
-            if plan.soft_cap is not None:
-                logits = plan.soft_cap * np.tanh(logits / plan.soft_cap)
-            sink = [] if sinks is None else [sinks.reshape(plan.batch, plan.heads, -1)[b, n, t]]
+            k, row = n // plan.group, (b * plan.heads + n) * plan.tokens + t
+            first, end = arrays["bounds"][:, b, t].astype(int)
+            keys, values = arrays["key"][b, k, first:end], arrays["value"][b, k, first:end]
+            if new_keys is not None:
+                seen = arrays["new_hidden"][:, row] == 0
+                keys = np.concatenate([keys, new_keys[b, seen, k]])
+                values = np.concatenate([values, arrays["new_value"][b, seen, k]])
+            logits = keys.astype(np.float64) @ query[b, t, n] * plan.features.scale
+            if plan.features.soft_cap is not None:
+                logits = plan.features.soft_cap * np.tanh(logits / plan.features.soft_cap)
+            sinks = arrays["sinks"]
+            sink = [] if sinks is None else [sinks[row]]
             if len(logits) + len(sink) == 0:
                 continue
             top = max([*logits, *sink])
@@ -85,7 +125,8 @@ class Case:
 
     def error(self, **options: Any) -> float:
         """Largest deviation of output and log-sum-exp; inf for a NaN or a wrong empty row."""
-        (out, lse), (want_out, want_lse) = self.run(**options).outputs, self.answer()
+        out, lse = self.run(**options).outputs[:2]
+        want_out, want_lse = self.answer()
         seen = np.isfinite(want_lse)
         if np.isnan(out).any() or not np.array_equal(np.isneginf(lse), ~seen):
             return np.inf
@@ -93,30 +134,37 @@ class Case:
         return float(max(np.abs(d).max(initial=0) for d in differences))
 
 
-def planned(**changes: Any) -> KernelPlan:
-    sizes: dict[str, Any] = {
-        "batch": 2, "tokens": 2, "slots": 900, "heads": 4, "kv_heads": 2, "head_dim": 64,
-        "value_head_dim": 32, "layout": "BKSH", "scale": 0.125, "subtiles": 2,
-    }  # fmt: skip
-    return make_plan(**(sizes | changes))
+SIZES: dict[str, Any] = {
+    "batch": 2, "tokens": 2, "slots": 900, "heads": 4, "kv_heads": 2, "head_dim": 64,
+    "value_head_dim": 32, "layout": "BKSH", "max_keys": 256,
+}  # fmt: skip
+ALL = Features(scale=0.125, has_sinks=True, has_new_keys=True, soft_cap=8.0, is_ragged=True)
+PLAIN = Features(scale=0.125, is_ragged=True)
+
+
+def planned(features: Features = PLAIN, **changes: Any) -> KernelPlan:
+    return make_plan(features=features, **(SIZES | {"loop": "static"} | changes))
 
 
 CLOSE = 5e-6
 """Float32 against float64: about ten roundings of numbers up to 5."""
 
-FEATURES: dict[str, Any] = {"has_sinks": True, "has_new_keys": True, "soft_cap": 8.0}
-
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("loop", ["static", "runtime"])
 @pytest.mark.parametrize("exchange_mode", ["deferred", "every tile"])
-def test_two_programs_that_share_a_sequence(exchange_mode: str, seed: int | None) -> None:
-    case = Case(planned(programs=2, exchange=exchange_mode, **FEATURES), [900, 333])
+def test_two_programs_that_share_a_sequence(
+    exchange_mode: str, loop: str, seed: int | None
+) -> None:
+    case = Case(planned(ALL, programs=2, exchange=exchange_mode, loop=loop), [900, 333])
     assert case.plan.sharding == "sequence"
     assert case.error(seed=seed, refuse_uninitialized=True) < CLOSE
 
 
-def test_empty_rows_are_zero_and_minus_infinity() -> None:
-    case = Case(planned(), [0, 1])
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("loop", ["static", "runtime"])
+def test_empty_rows_are_zero_and_minus_infinity(loop: str, programs: int) -> None:
+    case = Case(planned(loop=loop, programs=programs), [0, 1])
     assert np.isneginf(case.answer()[1]).any()
     assert case.error(refuse_uninitialized=True) < CLOSE
 
@@ -133,38 +181,160 @@ def test_number_of_exchanges(exchange_mode: str, tiles: int) -> None:
         assert {s.exchange for s in program if s.op == "sendrecv"} == {"gpsimd_dma"}
 
 
+@pytest.mark.parametrize("loop", ["static", "runtime"])
 @pytest.mark.parametrize("exchange_mode", ["deferred", "every tile"])
 def test_both_programs_hold_the_same_bits(
-    exchange_mode: str, monkeypatch: pytest.MonkeyPatch
+    exchange_mode: str, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored: dict[int, list[np.ndarray]] = {0: [], 1: []}
 
-    def spy(bufs: Any, *rest: Any) -> Any:
-        from jax_tkg.nki.interpreter import language as nl
+    def spy(bufs: Any, plan: KernelPlan) -> None:
         from jax_tkg.nki.interpreter.window import window
 
+        exchange.merge_programs(bufs, plan)
         for tile in (bufs.max, bufs.sum, *bufs.output):
             stored[nl.program_id()].append(window(tile).array().copy())
-        return finalize.finalize_rows(bufs, *rest)
 
-    monkeypatch.setattr(kernel_module, "finalize_rows", spy)
-    Case(planned(programs=2, exchange=exchange_mode, **FEATURES), [900, 333]).run()
+    monkeypatch.setattr(kernel_module, "merge_programs", spy)
+    Case(planned(ALL, programs=2, exchange=exchange_mode, loop=loop), [900, 333]).run()
     assert len(stored[0]) == len(stored[1]) > 0
     for mine, theirs in zip(stored[0], stored[1], strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_short_context_in_a_long_bucket_on_two_programs() -> None:
-    sizes = {"batch": 1, "tokens": 1, "slots": 49152, "heads": 1, "kv_heads": 1}
-    case = Case(planned(programs=2, subtiles=32, **sizes), [1000])
-    assert case.plan.sharding == "sequence"
-    assert case.error() < CLOSE  # the second program sees no key at all
+def loaded_bytes(run: interpreter.Run) -> int:
+    steps = [step for program in run.programs for step in program]
+    return sum(s.transfer.bytes for s in steps if s.transfer and s.transfer.route == "hbm->sbuf")
 
 
-def test_a_window_in_a_long_bucket_on_one_program() -> None:
-    sizes = {"batch": 1, "tokens": 2, "slots": 32768, "heads": 2, "kv_heads": 1}
-    case = Case(planned(subtiles=32, **sizes), [32768], window=128)
-    assert case.error() < CLOSE  # all tiles but the last are masked
+@pytest.mark.parametrize(("length", "tiles"), [(1000, 2), (8193, 4), (20_000, 6), (49_152, 12)])
+def test_a_short_context_in_a_long_bucket_on_two_programs(length: int, tiles: int) -> None:
+    """What is loaded follows the context, in tiles of 4,096 slots for each program."""
+    sizes = {"batch": 1, "tokens": 1, "slots": 49152, "heads": 1, "kv_heads": 1, "max_keys": 4096}
+    case = Case(planned(programs=2, loop=None, **sizes), [length])
+    assert case.plan.live is not None
+    assert case.plan.live.full.keys == 4096
+    assert case.error() < CLOSE
+    a_tile = 4096 * (64 + 32) * 4
+    assert tiles * a_tile <= loaded_bytes(case.run()) < tiles * a_tile + 40_000
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_a_window_in_a_long_bucket(programs: int) -> None:
+    sizes = {"batch": 1, "tokens": 2, "slots": 32768, "heads": 2, "kv_heads": 1, "most_live": 129}
+    features = replace(PLAIN, has_new_keys=False, has_low=True)
+    case = Case(planned(features, loop=None, programs=programs, **sizes), [32768], window=128)
+    assert case.plan.live is not None
+    assert case.error() < CLOSE
+    assert loaded_bytes(case.run()) < 2 * 128 * programs * (64 + 32) * 4 + 10_000
+
+
+@pytest.mark.parametrize("lengths", [[5, 900], [384, 512], [385, 129], [768, 897], [640, 0]])
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("programs", [1, 2])
+def test_live_tiles_wherever_they_start(
+    programs: int, window: int | None, lengths: list[int]
+) -> None:
+    features = replace(PLAIN, has_low=window is not None)
+    case = Case(planned(features, loop="runtime", programs=programs), lengths, window)
+    assert case.error(refuse_uninitialized=True) < CLOSE
+
+
+@pytest.mark.parametrize("loop", ["static", "runtime"])
+def test_unmasked_tiles_hold_no_unseen_slot(loop: str) -> None:
+    """Known tiles are all masked where lengths are given at run time; a loop has only full ones."""
+    case = Case(planned(loop=loop, slots=1024, tokens=1), [1024, 1024])
+    predicated = [s for s in case.run().programs[0] if s.op == "tensor_copy_predicated"]
+    masked = [s for s in predicated if "mask_cached" in str(s.source)]
+    assert len(masked) == (0 if loop == "runtime" else len(case.plan.shares[0].tiles))
+
+
+def test_more_rows_than_partitions() -> None:
+    case = Case(planned(ALL, tokens=150, heads=4, slots=300, batch=1), [290])
+    assert case.error(refuse_uninitialized=True) < CLOSE
+    case = Case(planned(ALL, tokens=9, heads=120, slots=300, batch=1), [290])
+    assert case.error(refuse_uninitialized=True) < CLOSE
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_rotation_in_the_kernel(batch: int, programs: int) -> None:
+    """Also when sequences are shared out: with 5 of them by batch, else by keys."""
+    features = Features(scale=0.125, has_new_keys=True, rotary="half", is_ragged=True)
+    slots = 200 if batch == 5 else 600
+    case = Case(
+        planned(features, batch=batch, slots=slots, programs=programs), ([199, 64] * 3)[:batch]
+    )
+    assert (case.plan.sharding == "batch") == (batch == 5 and programs == 2)
+    assert case.error(refuse_uninitialized=True) < CLOSE
+    keys = case.run().outputs[2]
+    np.testing.assert_allclose(keys, case.rotated("new_key"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("pages", [40, 272])
+def test_pages_that_are_missing_among_live_ones(pages: int, programs: int) -> None:
+    """Their slots are not seen, and not taken for those of page 0, which is a page like others."""
+    random = np.random.default_rng(0)
+    pool = random.normal(size=(pages, 2, 16, 32)).astype(np.float32)
+    table = np.stack([random.permutation(pages) for _ in range(2)]).astype(np.int32)
+    table[0, [3, 17, pages - 1]] = -1
+    query = jnp.asarray(random.normal(size=(2, 1, 4, 32)), jnp.float32)
+    lengths = jnp.array([16 * pages - 5, 16 * pages])
+    layout = jax_tkg.Paged(
+        jnp.asarray(pool), jnp.asarray(pool), k_scale=None, v_scale=None,
+        dtype=np.dtype(np.float32), page_indices=jnp.asarray(table),
+    )  # fmt: skip
+    form = NkiInterpret(programs=programs)
+    plan = jax_tkg.explain(query, layout, key_value_seq_lengths=lengths, implementation=form).plan
+    assert (plan.live is not None) == (pages == 272)
+    got = jax_tkg.attention_tkg(
+        query, layout, key_value_seq_lengths=lengths, implementation=form, return_residual=True
+    )
+    dense = pool[np.maximum(table, 0)].swapaxes(2, 3).reshape(2, -1, 2, 32)
+    there = np.repeat(table >= 0, 16, axis=1)[:, None, None]
+    want = jax_tkg.attention_tkg(
+        query, jnp.asarray(dense), jnp.asarray(dense), mask=jnp.asarray(there),
+        key_value_seq_lengths=lengths, implementation="reference", return_residual=True,
+    )  # fmt: skip
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=CLOSE, rtol=0)
+
+
+def attention_in_sbuf(*arrays_and_plan: Any) -> Any:
+    """A larger kernel: it has the queries in SBUF and keeps the results there."""
+    arrays, plan = arrays_and_plan[:-1], arrays_and_plan[-1]
+    inputs = Inputs(*arrays)
+    rows = plan.batch * plan.heads * plan.tokens
+    query = nl.ndarray((plan.head_dim, rows), nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=query, src=inputs.query.permute((3, 0, 2, 1)))
+    inputs.query = query
+    out = nl.ndarray((plan.value_head_dim, rows), nl.float32, buffer=nl.sbuf)
+    lse = nl.ndarray((1, rows), nl.float32, buffer=nl.sbuf)
+    attend(inputs, out, lse, None, plan)
+    results = []
+    for tile in (out, lse):
+        both = nl.ndarray((plan.programs, *tile.shape), nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(dst=both[nl.program_id(0)], src=tile)
+        results.append(both)
+    return tuple(results)
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "programs", "sharding"),
+    [(2, 300, 1, "none"), (2, 600, 2, "sequence"), (3, 200, 2, "batch"), (1, 200, 2, "batch")],
+)
+def test_queries_and_results_in_sbuf(batch: int, slots: int, programs: int, sharding: str) -> None:
+    """Both programs have the whole results, also of the sequences that the other one did."""
+    case = Case(planned(ALL, batch=batch, slots=slots, programs=programs), [190, 7, 0][:batch])
+    assert case.plan.sharding == sharding
+    out, lse = case.run(attention_in_sbuf, refuse_uninitialized=True).outputs
+    want_out, want_lse = case.answer()
+    for program in range(programs):
+        by_row = out[program].T.reshape(batch, 4, 2, 32).swapaxes(1, 2)
+        np.testing.assert_allclose(by_row, want_out, atol=CLOSE, rtol=0)
+        by_row = lse[program].reshape(batch, 4, 2).swapaxes(1, 2)
+        np.testing.assert_allclose(by_row, want_lse, atol=CLOSE, rtol=0)
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -177,15 +347,22 @@ def without(name: str, place: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 def no_decay(patch: pytest.MonkeyPatch) -> None:
     """The running sum and output are not rescaled when the maximum moves."""
-    real = softmax.update_running_max
+    real = softmax.fa_update_running_max
 
-    def update(tile_max: Any, bufs: Any, plan: Any) -> None:
-        from jax_tkg.nki.interpreter import isa as nisa
-
-        real(tile_max, bufs, plan)
+    def update(tile_max: Any, bufs: Any, *rest: Any) -> None:
+        real(tile_max, bufs, *rest)
         nisa.memset(bufs.decay, 1.0)
 
-    patch.setattr(kernel_module, "update_running_max", update)
+    patch.setattr(kernel_module, "fa_update_running_max", update)
+
+
+def maximum_not_in_logits(patch: pytest.MonkeyPatch) -> None:
+    real = finalize.max_in_logits
+    patch.setattr(
+        finalize,
+        "max_in_logits",
+        lambda bufs, columns, plan: real(bufs, columns, replace(plan, logit_unit=1.0)),
+    )
 
 
 def swap_with_oneself(patch: pytest.MonkeyPatch) -> None:
@@ -196,7 +373,7 @@ def swap_with_oneself(patch: pytest.MonkeyPatch) -> None:
 def equal_weights(patch: pytest.MonkeyPatch) -> None:
     """Programs are merged without regard to their maxima."""
     real = exchange.weight_of
-    patch.setattr(exchange, "weight_of", lambda _, top: real(top, top))
+    patch.setattr(exchange, "weight_of", lambda _, top, unit: real(top, top, unit))
 
 
 NEEDED_STEPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -204,11 +381,14 @@ NEEDED_STEPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "exchange": swap_with_oneself,
     "merge": without("merge_programs", kernel_module),
     "weights of the merge": equal_weights,
-    "sinks": without("add_sinks", kernel_module),
-    "output of a tile": without("accumulate_output", kernel_module),
+    "sinks": lambda patch: patch.setattr(finalize, "add_sinks", lambda *_: None),
+    "output of a tile": without("fa_accumulate_output", kernel_module),
     "sum of a tile": without("cascaded_sum_reduction", kernel_module),
-    "clearing of values": without("clear_unseen_values", pv),
-    "mask": lambda patch: patch.setattr(qk, "MASKED", 0.0),
+    "clearing of values": without("clear_unseen_values", kernel_module),
+    "rescaling of the output": without("fa_rescale_output", kernel_module),
+    "units of the maximum": maximum_not_in_logits,
+    "mask": lambda patch: patch.setattr(mask, "MASKED", 0.0),
+    "mask of new keys": without("mask_new", kernel_module),
 }
 
 
@@ -219,7 +399,7 @@ def test_no_step_can_be_left_out(
 ) -> None:
     if step == "weights of the merge" and exchange_mode == "every tile":
         pytest.skip("after exchanges on every tile both programs have one maximum: no weights")
-    case = Case(planned(programs=2, exchange=exchange_mode, **FEATURES), [900, 333])
+    case = Case(planned(ALL, programs=2, exchange=exchange_mode), [900, 333])
     NEEDED_STEPS[step](monkeypatch)
     try:
         error = case.error()

@@ -1,4 +1,4 @@
-"""The kernel's plan: every slot once, every pair once, balanced programs, reasons."""
+"""The kernel's plan: every slot once, every row once, balanced programs, reasons."""
 
 from typing import Any
 
@@ -6,69 +6,129 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_tkg.nki.plan import KernelPlan, make_plan, paged_run
+from jax_tkg.nki.plan import LOGIT_ELEMENTS, Features, KernelPlan, make_plan
+from jax_tkg.nki.tiles import KeyTile, Piece
 
 
-def plan(**changes: Any) -> KernelPlan:
+def plan(features: dict[str, Any] | None = None, **changes: Any) -> KernelPlan:
     sizes: dict[str, Any] = {
         "batch": 2, "tokens": 2, "slots": 1000, "heads": 4, "kv_heads": 2, "head_dim": 64,
-        "value_head_dim": 64, "layout": "BKSH", "scale": 0.125,
+        "value_head_dim": 64, "layout": "BKSH",
     }  # fmt: skip
-    return make_plan(**(sizes | changes))
+    return make_plan(features=Features(scale=0.125, **(features or {})), **(sizes | changes))
 
 
-def slots_of(made: KernelPlan, program: int) -> list[int]:
-    tiles = made.shares[program].tiles
-    assert all(t.keys == t.partitions * t.subtiles and t.partitions <= 128 for t in tiles)
-    return [s for t in tiles for s in range(t.start, t.start + t.keys)]
+def keys_of(pieces: tuple[Piece, ...], start: int) -> list[int]:
+    """Keys of pieces in the order of partition and column, which must be that of memory."""
+    keys = []
+    for piece in pieces:
+        assert 1 <= piece.partitions <= 128
+        assert piece.keys == piece.partitions * piece.subtiles
+        for p in range(piece.partitions):
+            first = start + piece.start + p * piece.subtiles
+            keys += range(first, first + piece.subtiles)
+    return keys
 
 
-def pairs_of(made: KernelPlan, program: int) -> list[int]:
-    return [p for group in made.shares[program].groups for p in group]
+def slots_of(tile: KeyTile) -> list[int]:
+    columns = [c for p in tile.cached + tile.new for c in range(p.column, p.column + p.subtiles)]
+    assert columns == list(range(tile.columns))
+    assert tile.cached_columns == tile.columns - len(tile.new)
+    slots = keys_of(tile.cached, tile.start)
+    assert len(slots) == tile.keys
+    return slots
+
+
+def rows_of(made: KernelPlan, program: int) -> list[tuple[int, int, int]]:
+    """Rows (sequence, head, token) of a program, in the order of its blocks."""
+    rows = []
+    for block in made.shares[program].blocks:
+        mine = []
+        for group in block.groups:
+            assert group.first_row == len(mine)
+            for chunk in group.chunks:
+                assert chunk.rows <= 128
+                assert group.first_row + chunk.first_row == len(mine)
+                mine += [
+                    (b, h, t)
+                    for b in range(chunk.first_batch, chunk.first_batch + chunk.batches)
+                    for h in range(chunk.first_head, chunk.first_head + chunk.heads)
+                    for t in range(chunk.first_token, chunk.first_token + chunk.tokens)
+                ]
+            assert group.rows == len(mine) - group.first_row <= 512
+        assert block.rows == len(mine)
+        assert [s.first_row for s in block.sequences] == sorted(
+            s.first_row for s in block.sequences
+        )
+        assert sum(s.rows for s in block.sequences) == len(mine)
+        for sequence in block.sequences:
+            some = mine[sequence.first_row : sequence.first_row + sequence.rows]
+            assert {b for b, _, _ in some} == {sequence.first_batch}
+        rows += mine
+    return rows
 
 
 @given(
     batch=st.integers(1, 5),
     kv_heads=st.integers(1, 4),
-    group=st.integers(1, 5),
-    tokens=st.integers(1, 9),
+    group=st.integers(1, 70),
+    tokens=st.one_of(st.integers(1, 9), st.integers(100, 300)),
     slots=st.integers(1, 3000),
     programs=st.sampled_from([1, 2]),
-    subtiles=st.integers(1, 40),
+    max_keys=st.sampled_from([128, 640, 8192]),
 )
-def test_every_slot_of_every_pair_is_seen_once(
-    batch: int, kv_heads: int, group: int, tokens: int, slots: int, programs: int, subtiles: int
+def test_every_row_sees_every_key_once(
+    batch: int, kv_heads: int, group: int, tokens: int, slots: int, programs: int, max_keys: int
 ) -> None:
     made = plan(
-        batch=batch, kv_heads=kv_heads, heads=kv_heads * group, tokens=tokens, slots=slots,
-        programs=programs, subtiles=subtiles, has_new_keys=True,
+        {"has_new_keys": True}, batch=batch, kv_heads=kv_heads, heads=kv_heads * group,
+        tokens=tokens, slots=slots, programs=programs, max_keys=max_keys, loop="static",
     )  # fmt: skip
-    every = [
-        (pair, slot)
-        for program in range(programs)
-        for pair in pairs_of(made, program)
-        for slot in (*slots_of(made, program), *["new"] * made.shares[program].sees_new_keys)
+    every = sorted(r for p in range(programs) for r in rows_of(made, p))
+    wanted = [
+        (b, h, t) for b in range(batch) for h in range(kv_heads * group) for t in range(tokens)
     ]
-    wanted = [(pair, slot) for pair in range(batch * kv_heads) for slot in (*range(slots), "new")]
-    copies = 2 if made.sharding == "same" else 1
-    assert sorted(every, key=str) == sorted(wanted * copies, key=str)
+    copies = 2 if made.sharding in ("same", "sequence") else 1
+    assert every == sorted(wanted * copies)
+    found = []
     for share in made.shares:
-        assert all(len(pairs) * made.rows_per_pair <= 128 for pairs in share.groups)
+        slots_here = [s for tile in share.tiles for s in slots_of(tile)]
+        new_here = [k for tile in share.tiles for k in keys_of(tile.new, 0)]
+        found.append((slots_here, new_here))
+        widest = max(g.rows for block in share.blocks for g in block.groups)
+        for tile in share.tiles:
+            beside = len(tile.new) + 1  # the new keys and the rest of the cache
+            assert (tile.columns - beside) * widest <= max(LOGIT_ELEMENTS, widest)
+    if made.sharding == "sequence":
+        assert sorted(s for slots_here, _ in found for s in slots_here) == list(range(slots))
+        assert sorted(k for _, new_here in found for k in new_here) == list(range(tokens))
+    else:
+        assert all(
+            (sorted(a), sorted(b)) == (list(range(slots)), list(range(tokens))) for a, b in found
+        )
 
 
-@given(st.integers(1, 300), st.integers(1, 40), st.sampled_from([1, 2]))
+@given(
+    page_len=st.integers(1, 300),
+    pages=st.integers(1, 40),
+    group=st.sampled_from([1, 100]),
+    programs=st.sampled_from([1, 2]),
+)
 def test_partitions_of_a_paged_tile_stay_inside_a_page(
-    page_len: int, pages: int, programs: int
+    page_len: int, pages: int, group: int, programs: int
 ) -> None:
-    made = plan(layout="paged", slots=page_len * pages, page_len=page_len, programs=programs)
-    run = paged_run(page_len)
-    assert page_len % run == 0
+    made = plan(
+        layout="paged", slots=page_len * pages, page_len=page_len, programs=programs,
+        heads=2 * group, batch=1,
+    )  # fmt: skip
+    assert page_len % made.run == 0
     for share in made.shares:
-        assert all(t.subtiles == run and t.start % run == 0 for t in share.tiles)
-    if made.sharding != "batch":
-        every = [s for p in range(programs) for s in slots_of(made, p)]
-        copies = 2 if made.sharding == "same" else 1
-        assert sorted(every) == sorted(list(range(page_len * pages)) * copies)
+        for tile in share.tiles:
+            assert tile.start % made.run == 0
+            assert all(p.subtiles == made.run and p.start % made.run == 0 for p in tile.cached)
+    if made.sharding == "sequence":
+        every = [s for share in made.shares for tile in share.tiles for s in slots_of(tile)]
+        assert sorted(every) == list(range(page_len * pages))
 
 
 @pytest.mark.parametrize(
@@ -91,20 +151,75 @@ def test_sharding(sizes: dict[str, Any], sharding: str) -> None:
     assert sharding in str(made)
 
 
+RAGGED = {"is_ragged": True}
+
+
+@pytest.mark.parametrize(
+    ("features", "sizes", "is_loop"),
+    [
+        ({}, {"slots": 100_000}, False),  # all is live
+        (RAGGED, {"slots": 2048}, False),
+        (RAGGED, {"slots": 2049}, True),
+        (RAGGED, {"slots": 4096, "programs": 2}, False),
+        (RAGGED, {"slots": 4097, "programs": 2}, True),
+        (RAGGED, {"slots": 1024, "most_live": 256}, False),
+        (RAGGED, {"slots": 1024, "most_live": 255}, True),  # a window
+        (RAGGED | {"has_mask": True}, {"slots": 100_000}, False),
+        (RAGGED | {"has_bias": True}, {"slots": 100_000}, False),
+        (RAGGED | {"has_positions": True}, {"slots": 100_000}, False),
+    ],
+)
+def test_when_tiles_are_chosen_at_run_time(
+    features: dict[str, Any], sizes: dict[str, Any], is_loop: bool
+) -> None:
+    made = plan(features, **sizes)
+    assert (made.live is not None) == is_loop
+    assert ("live" in str(made)) == is_loop
+
+
+@given(
+    slots=st.integers(256, 30_000),
+    programs=st.sampled_from([1, 2]),
+    run=st.sampled_from([None, 8, 16]),
+)
+def test_tiles_of_a_loop_fit_the_cache_and_cover_it(
+    slots: int, programs: int, run: int | None
+) -> None:
+    paged = {} if run is None else {"layout": "paged", "page_len": run}
+    slots = max(slots, 128 * programs * (run or 1)) // (run or 1) * (run or 1)
+    made = plan(RAGGED, slots=slots, programs=programs, loop="runtime", **paged)
+    assert made.live is not None
+    full = made.live.full
+    assert sorted(slots_of(full)) == list(range(full.keys))
+    assert full.keys <= slots
+    assert not full.is_masked
+    assert made.live.edge.is_masked
+    assert made.live.edge.cached == full.cached
+    assert (made.live.width - 1) * full.keys >= slots
+    assert made.sharding == ("none" if programs == 1 else "sequence")
+
+
 def test_programs_that_exchange_on_every_tile_take_equally_many_steps() -> None:
-    made = plan(slots=700, subtiles=1, programs=2, exchange="every tile", has_new_keys=True)
-    steps = [len(s.tiles) + s.sees_new_keys + s.idle_tiles for s in made.shares]
+    made = plan({"has_new_keys": True}, slots=700, max_keys=128, programs=2, exchange="every tile")
+    steps = [len(s.tiles) + s.idle_tiles for s in made.shares]
     assert steps[0] == steps[1]
     assert min(s.idle_tiles for s in made.shares) == 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("features", "changes", "message"),
     [
-        ({"heads": 100, "kv_heads": 1}, "G \\* T = 200 rows"),
-        ({"exchange": "never"}, "must be 'deferred' or 'every tile'"),
+        ({}, {"tokens": 513}, "T = 513 new tokens; the kernel takes at most 512"),
+        ({}, {"exchange": "never"}, "must be 'deferred' or 'every tile'"),
+        ({}, {"loop": "while"}, "must be 'static', 'runtime' or None"),
+        ({"has_bias": True}, {"loop": "runtime"}, "a dense mask, a bias or given positions"),
+        ({}, {"loop": "runtime", "slots": 100}, "use loop='static'"),
+        ({"rotary": "full"}, {}, "must be 'half', 'interleaved' or None"),
+        ({"rotary": "half"}, {}, "rotary needs the new keys"),
     ],
 )
-def test_what_cannot_be_planned(changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_planned(
+    features: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(**changes)
+        plan(features, **changes)

@@ -195,7 +195,8 @@ class ChosenRows:
         assert indirect is not None
         size = t.dtype.itemsize
         reach = sum((n - 1) * s for n, s in zip(t.shape[1:], t.strides[1:], strict=True))
-        fitting = (t.storage.row_bytes // size - 1 - reach - t.offset) // indirect.stride + 1
+        left = t.storage.row_bytes // size - 1 - reach - t.offset
+        fitting = left // max(1, indirect.stride) + 1  # an axis of one row has stride 0
         count = min(indirect.limit, fitting)
         if self.inside.any() and int(self.rows.max()) >= count:
             raise OutOfBoundsError(

@@ -5,34 +5,40 @@ from typing import Any
 from jax_tkg.nki.buffers import RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import PARTITIONS
 
-FAST_BYTES = {4: 1024, 2: 512}
-"""Most bytes a partition that the fast path between two cores takes, by element size."""
+FAST_ELEMENTS = 256
+"""Most float32 of a partition that the fast path between two cores takes."""
 
 
 def swap(tile: Any) -> Any:
-    """The other program's tile; it gets this one."""
+    """The other program's tile `[p, R]`; it gets this one. One exchange for every 256 columns."""
     theirs = nl.ndarray(tile.shape, tile.dtype, buffer=nl.sbuf)
     other = 1 - nl.program_id(0)
-    nisa.sendrecv(
-        src=tile,
-        dst=theirs,
-        send_to_rank=other,
-        recv_from_rank=other,
-        pipe_id=0,
-        dma_engine=nisa.dma_engine.gpsimd_dma,
-    )
+    for start in range(0, tile.shape[1], FAST_ELEMENTS):
+        columns = nl.ds(start, min(FAST_ELEMENTS, tile.shape[1] - start))
+        nisa.sendrecv(
+            src=tile[:, columns],
+            dst=theirs[:, columns],
+            send_to_rank=other,
+            recv_from_rank=other,
+            pipe_id=0,
+            dma_engine=nisa.dma_engine.gpsimd_dma,
+        )
     return theirs
 
 
 def swap_outputs(bufs: RowBuffers) -> Any:
-    """The other program's output, in one exchange whatever the number of chunks."""
+    """The other program's output `[128, chunks, R]`, in one exchange for all chunks."""
+    if len(bufs.output) == 1:
+        return swap(bufs.output[0]).expand_dim(1)
     rows = bufs.max.shape[1]
-    packed = nl.ndarray((128, len(bufs.output), rows), nl.float32, buffer=nl.sbuf)
+    packed = nl.ndarray((PARTITIONS, len(bufs.output), rows), nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=packed, value=0.0)
     for c in range(len(bufs.output)):
         nisa.tensor_copy(dst=packed[0 : bufs.output[c].shape[0], c, :], src=bufs.output[c])
-    return swap(packed)
+    theirs = swap(packed.flatten_dims(1, 2))
+    return theirs.reshape_dim(1, (len(bufs.output), rows))
 
 
 def merge_programs(bufs: RowBuffers, plan: KernelPlan) -> None:
@@ -41,17 +47,19 @@ def merge_programs(bufs: RowBuffers, plan: KernelPlan) -> None:
     With m the larger maximum, each side has weight exp(its maximum - m); sums of two commute, so
     both programs round alike. After exchanges on every tile the maxima and sums agree already.
     """
-    theirs_output = swap_outputs(bufs)
-    if plan.exchange == "every tile":
+    if plan.every_tile:
+        theirs_output = swap_outputs(bufs)
         for c in range(len(bufs.output)):
             mine = bufs.output[c]
             other = theirs_output[0 : mine.shape[0], c, :]
             nisa.tensor_tensor(dst=mine, data1=mine, data2=other, op=nl.add)
         return
-    theirs_max, theirs_sum = swap(bufs.max), swap(bufs.sum)
+    theirs_max, theirs_sum = swap(bufs.max), swap(bufs.sum)  # ready before the output
+    theirs_output = swap_outputs(bufs)
     top = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=top, data1=bufs.max, data2=theirs_max, op=nl.maximum)
-    my_weight, their_weight = weight_of(bufs.max, top), weight_of(theirs_max, top)
+    unit = plan.logit_unit
+    my_weight, their_weight = weight_of(bufs.max, top, unit), weight_of(theirs_max, top, unit)
     add_weighted(bufs.sum, my_weight, theirs_sum, their_weight)
     for c in range(len(bufs.output)):
         mine = bufs.output[c]
@@ -61,11 +69,11 @@ def merge_programs(bufs: RowBuffers, plan: KernelPlan) -> None:
     nisa.tensor_copy(dst=bufs.max, src=top)
 
 
-def weight_of(side_max: Any, top: Any) -> Any:
-    """exp(side_max - top)."""
+def weight_of(side_max: Any, top: Any, unit: float) -> Any:
+    """exp(unit * (side_max - top))."""
     weight = nl.ndarray(top.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=weight, data1=side_max, data2=top, op=nl.subtract)
-    nisa.activation(dst=weight, op=nl.exp, data=weight)
+    nisa.activation(dst=weight, op=nl.exp, data=weight, scale=unit)
     return weight
 
 
@@ -75,3 +83,22 @@ def add_weighted(mine: Any, my_weight: Any, theirs: Any, their_weight: Any) -> N
     scaled = nl.ndarray(mine.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=scaled, data1=theirs, data2=their_weight, op=nl.multiply)
     nisa.tensor_tensor(dst=mine, data1=mine, data2=scaled, op=nl.add)
+
+
+def share_rows(tile: Any, plan: KernelPlan) -> None:
+    """After batch sharding, both programs get the columns of `tile` that the other one made."""
+    mine, theirs = columns_of(nl.program_id(0), plan), columns_of(1 - nl.program_id(0), plan)
+    width = max(mine[1], theirs[1])
+    packed = nl.ndarray((tile.shape[0], width), tile.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=packed, value=0.0)
+    nisa.tensor_copy(dst=packed[:, 0 : mine[1]], src=tile[:, nl.ds(mine[0], mine[1])])
+    received = swap(packed)
+    nisa.tensor_copy(dst=tile[:, nl.ds(theirs[0], theirs[1])], src=received[:, 0 : theirs[1]])
+
+
+def columns_of(program: int, plan: KernelPlan) -> tuple[int, int]:
+    """The first of all B * N * T rows that a program makes, and how many."""
+    count = 0
+    for block in plan.shares[program].blocks:
+        count += block.rows
+    return (0 if program == 0 else plan.batch * plan.heads * plan.tokens - count), count

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from jax_tkg.nki.buffers import KeySource, RowBuffers, RowGroup, chunks
+from jax_tkg.nki.buffers import Constants, NewKeys, RowBuffers, chunks
 from jax_tkg.nki.dialect import nisa, nl
-from jax_tkg.nki.plan import PARTITIONS, KernelPlan, KeyTile
-from jax_tkg.nki.steps.load import load_rows
-from jax_tkg.nki.steps.qk import clear_unseen_values
+from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import PARTITIONS, RowGroup
+from jax_tkg.nki.steps.qk import pair_rows
+from jax_tkg.nki.tiles import KeyTile, Piece
 
 
 def allocate_products(group: RowGroup, plan: KernelPlan) -> Any:
@@ -20,36 +21,68 @@ def allocate_products(group: RowGroup, plan: KernelPlan) -> Any:
 def compute_pv_matmul(
     products: Any,
     weights: Any,
-    source: KeySource,
-    unseen: Any,
+    values: Any,
+    piece: Piece,
+    is_first: bool,
     i: int,
-    tile: KeyTile,
-    plan: KernelPlan,
+    group: RowGroup,
 ) -> None:
-    """The products of pair i: the values are stationary, its few weights move."""
-    values = load_rows(source.values, source, plan.value_head_dim, weights.dtype, tile)
-    if plan.is_padded:
-        clear_unseen_values(values, unseen)
-    m = plan.rows_per_pair
-    rows = nl.ds(i * m, m)
+    """The products of a piece of pair i: values `[partitions, columns, Hv]` are stationary."""
+    rows = pair_rows(group, i)
     for c in range(len(products)):
-        start, size = c * PARTITIONS, products[c].shape[0]
-        for j in range(tile.subtiles):
+        part = nl.ds(c * PARTITIONS, products[c].shape[0])
+        for j in range(piece.subtiles):
             nisa.nc_matmul(
                 dst=products[c][:, rows],
-                stationary=values[:, j, start : start + size],
-                moving=weights[:, j, rows],
-                accumulate=j > 0,
+                stationary=values[:, j, part],
+                moving=weights[0 : piece.partitions, piece.column + j, rows],
+                accumulate=j > 0 or not is_first,
             )
-        if plan.has_scales and source.value_scale != None:  # noqa: E711
-            mine = products[c][:, rows]
-            scale = source.value_scale[0:size]
-            nisa.tensor_scalar(dst=mine, data=mine, op0=nl.multiply, operand0=scale)
 
 
-def accumulate_output(products: Any, bufs: RowBuffers) -> None:
-    """Running output = running output * decay + products."""
-    for c in range(len(products)):
-        running, decay = bufs.output[c], bufs.decay[0 : products[c].shape[0]]
+def compute_new_pv_matmul(
+    products: Any, weights: Any, new: NewKeys, i: int, starts: bool, tile: KeyTile, group: RowGroup
+) -> None:
+    """The products of the new values of pair i; `starts` where no cached ones came before."""
+    for k in range(len(tile.new)):
+        values = new.values[k][:, nl.ds(i, 1), :]
+        compute_pv_matmul(products, weights, values, tile.new[k], starts and k == 0, i, group)
+
+
+def clear_unseen_values(values: Any, unseen: Any) -> None:
+    """Zeroes values that no row sees: they may be NaN, and 0 * NaN is NaN.
+
+    In words of four bytes where the values fit: half the work for 16-bit ones.
+    """
+    words = values
+    if values.dtype != nl.float32 and values.shape[2] % 2 == 0:
+        words = values.view(nl.uint32)
+    predicate = unseen.expand_dim(2).broadcast(2, words.shape[2])
+    nisa.tensor_copy_predicated(dst=words, src=0, predicate=predicate)
+
+
+def scale_values(products: Any, consts: Constants, group: RowGroup, plan: KernelPlan) -> None:
+    """Products of cached values times the scale of their pair."""
+    first = group.first_batch * plan.kv_heads + group.first_kv
+    for tile in products:
+        scales = consts.value_scales[0 : tile.shape[0], nl.ds(first, group.pairs)]
+        by_pair = tile.reshape_dim(1, (group.pairs, group.rows_per_pair))
+        every = scales.expand_dim(2).broadcast(2, group.rows_per_pair)
+        nisa.tensor_tensor(dst=by_pair, data1=by_pair, data2=every, op=nl.multiply)
+
+
+def fa_rescale_output(bufs: RowBuffers) -> None:
+    """Running output = running output * decay."""
+    for running in bufs.output:
+        decay = bufs.decay[0 : running.shape[0]]
         nisa.tensor_tensor(dst=running, data1=running, data2=decay, op=nl.multiply)
-        nisa.tensor_tensor(dst=running, data1=running, data2=products[c], op=nl.add)
+
+
+def fa_accumulate_output(products: Any, bufs: RowBuffers, is_first: bool) -> None:
+    """Running output = running output + products."""
+    for c in range(len(products)):
+        running = bufs.output[c]
+        if is_first:
+            nisa.tensor_copy(dst=running, src=products[c])
+        else:
+            nisa.tensor_tensor(dst=running, data1=running, data2=products[c], op=nl.add)

@@ -1,112 +1,125 @@
-"""Logits: query times key, scaled, capped, masked."""
+"""Logits: query times key, scaled and capped."""
 
 from typing import Any
 
-from jax_tkg.nki.buffers import MASKED, Inputs, KeySource, RowBuffers
+from jax_tkg.nki.buffers import BANK_ELEMENTS, MASKED, Constants, Logits, NewKeys, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
-from jax_tkg.nki.plan import KernelPlan, KeyTile
-from jax_tkg.nki.steps.load import load_dense, load_keys
+from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import PARTITIONS, RowGroup
+from jax_tkg.nki.steps.load import key_column
+from jax_tkg.nki.tiles import KeyTile, Piece
 
-BANK_ELEMENTS = 512
+
+def allocate_qk_buffers(tile: KeyTile, group: RowGroup) -> Logits:
+    """Banks of PSUM for the logits of a tile; what no key will fill is masked.
+
+    A matmul must not straddle banks, so a bank holds whole columns.
+    """
+    per_bank = BANK_ELEMENTS // group.rows
+    logits = Logits([], per_bank)
+    for first in range(0, tile.columns, per_bank):
+        count = min(per_bank, tile.columns - first)
+        bank = nl.ndarray((PARTITIONS, count, group.rows), nl.float32, buffer=nl.psum)
+        logits.banks.append(bank)
+    for piece in tile.cached + tile.new:
+        if piece.partitions < PARTITIONS:
+            for span in spans_of(piece, logits):
+                nisa.memset(dst=logits.banks[span[0]][:, nl.ds(span[1], span[2]), :], value=MASKED)
+    return logits
+
+
+def spans_of(piece: Piece, logits: Logits) -> Any:
+    """Where the columns of a piece lie: (bank, first column in it, columns, first column of it)."""
+    spans = []
+    column, end = piece.column, piece.column + piece.subtiles
+    for _ in range(piece.subtiles):
+        if column < end:
+            inside = column % logits.per_bank
+            count = min(logits.per_bank - inside, end - column)
+            spans.append((column // logits.per_bank, inside, count, column - piece.column))
+            column += count
+    return spans
+
+
+def pair_rows(group: RowGroup, i: int) -> Any:
+    """The rows of pair i of a group."""
+    return nl.ds(i * group.rows_per_pair, group.rows_per_pair)
 
 
 def compute_qk_matmul(
-    qk: Any, source: KeySource, bufs: RowBuffers, i: int, tile: KeyTile, plan: KernelPlan
+    logits: Logits,
+    keys: Any,
+    by_rows: bool,
+    bufs: RowBuffers,
+    i: int,
+    tile: KeyTile,
+    group: RowGroup,
 ) -> None:
-    """Logits of pair i of a group: `qk[:, :, rows of i]`, `[partitions, subtiles, M]`.
+    """Logits of pair i for the cached keys of a tile.
 
-    The queries are the moving operand: it is the short one. Subtile j takes every subtiles-th
-    column of the keys, those of slots p * subtiles + j.
+    The queries are the moving operand: it is the short one.
     """
-    keys = load_keys(source, bufs.query[0].dtype, tile, plan)
-    m = plan.rows_per_pair
-    rows = nl.ds(i * m, m)
-    per_bank = BANK_ELEMENTS // m
-    for first in range(0, tile.subtiles, per_bank):
-        count = min(per_bank, tile.subtiles - first)
-        products = nl.ndarray((tile.partitions, count, m), nl.float32, buffer=nl.psum)
-        for j in range(count):
+    rows = pair_rows(group, i)
+    for piece in tile.cached:
+        for j in range(piece.subtiles):
+            column = piece.column + j
+            bank = logits.banks[column // logits.per_bank]
             for c in range(len(keys)):
                 nisa.nc_matmul(
-                    dst=products[:, j, :],
-                    stationary=keys[c][:, first + j : tile.keys : tile.subtiles],
+                    dst=bank[0 : piece.partitions, column % logits.per_bank, rows],
+                    stationary=key_column(keys[c], piece, j, by_rows),
                     moving=bufs.query[c][:, rows],
                     accumulate=c > 0,
                 )
-        scale_logits(qk[:, first : first + count, rows], products, source, plan)
 
 
-def scale_logits(logits: Any, products: Any, source: KeySource, plan: KernelPlan) -> None:
-    """From PSUM to SBUF, scaled and capped."""
-    scale = source.logit_scale
-    if plan.has_scales and source.value_scale != None:  # noqa: E711  (the language has no `is`)
-        scale = scale[0 : products.shape[0]]
-    if plan.soft_cap == None:  # noqa: E711
-        nisa.activation(dst=logits, op=nl.copy, data=products, scale=scale)
-        return
-    nisa.activation(dst=logits, op=nl.copy, data=products, scale=scale)
-    nisa.activation(dst=logits, op=nl.tanh, data=logits, scale=1.0 / plan.soft_cap)
-    nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=plan.soft_cap)
+def compute_new_qk_matmul(
+    logits: Logits, new: NewKeys, bufs: RowBuffers, i: int, tile: KeyTile, group: RowGroup
+) -> None:
+    """Logits of pair i for the new keys."""
+    rows = pair_rows(group, i)
+    for k in range(len(tile.new)):
+        piece = tile.new[k]
+        bank = logits.banks[piece.column // logits.per_bank]
+        for c in range(len(bufs.query)):
+            nisa.nc_matmul(
+                dst=bank[0 : piece.keys, piece.column % logits.per_bank, rows],
+                stationary=new.keys[k][c][:, nl.ds(i * piece.keys, piece.keys)],
+                moving=bufs.query[c][:, rows],
+                accumulate=c > 0,
+            )
 
 
-def load_positions(source: KeySource, tile: KeyTile) -> Any:
-    """Positions of the slots of a tile, float32 `[partitions, subtiles]`."""
-    p, n = tile.partitions, tile.subtiles
-    positions = nl.ndarray((p, n), nl.float32, buffer=nl.sbuf)
-    if source.positions == None:  # noqa: E711
-        nisa.iota(dst=positions, pattern=[[1, n]], offset=tile.start, channel_multiplier=n)
-    else:
-        mine = source.positions[nl.ds(tile.start, tile.keys)]
-        nisa.dma_copy(dst=positions, src=mine.reshape_dim(0, (p, n)))
-    return positions
+def shape_logits(
+    logits: Logits, consts: Constants, tile: KeyTile, group: RowGroup, plan: KernelPlan
+) -> None:
+    """Scales and caps where that cannot wait for the exponential.
 
-
-def find_invisible(source: KeySource, tile: KeyTile, plan: KernelPlan) -> Any:
-    """Which slots the new tokens do not see by position: uint8 `[partitions, subtiles, T]`."""
-    p, n, tokens = tile.partitions, tile.subtiles, plan.tokens
-    every = load_positions(source, tile).expand_dim(2).broadcast(2, tokens)
-    before = nl.ndarray((p, n, tokens), nl.uint8, buffer=nl.sbuf)
-    bound = source.low[0:p].expand_dim(1).broadcast(1, n)
-    nisa.tensor_tensor(dst=before, data1=every, data2=bound, op=nl.less)
-    behind = nl.ndarray((p, n, tokens), nl.uint8, buffer=nl.sbuf)
-    bound = source.high[0:p].expand_dim(1).broadcast(1, n)
-    nisa.tensor_tensor(dst=behind, data1=every, data2=bound, op=nl.greater_equal)
-    invisible = nl.ndarray((p, n, tokens), nl.uint8, buffer=nl.sbuf)
-    nisa.tensor_tensor(dst=invisible, data1=before, data2=behind, op=nl.logical_or)
-    return invisible
-
-
-def mask_logits(
-    qk: Any, source: KeySource, i: int, inputs: Inputs, tile: KeyTile, plan: KernelPlan
-) -> Any:
-    """Adds the bias to the logits of pair i and sets those that no token may see, also NaN ones.
-
-    Returns:
-        uint8 `[partitions, subtiles]`, 1 where no token of any query head sees the slot.
+    What is left to multiply by is `plan.raw_unit`, and `plan.logit_unit` behind it.
     """
-    by_position = find_invisible(source, tile, plan)
-    unseen = nl.ndarray((tile.partitions, tile.subtiles), nl.uint8, buffer=nl.sbuf)
-    for g in range(plan.group):
-        rows = nl.ds(i * plan.rows_per_pair + g * plan.tokens, plan.tokens)
-        if plan.has_bias:
-            bias = load_dense(inputs.bias, nl.float32, source, g, tile, plan)
-            nisa.tensor_tensor(dst=qk[:, :, rows], data1=qk[:, :, rows], data2=bias, op=nl.add)
-        invisible = by_position
-        if plan.has_mask:
-            hidden = load_dense(inputs.hidden, nl.uint8, source, g, tile, plan)
-            nisa.tensor_tensor(dst=hidden, data1=hidden, data2=by_position, op=nl.logical_or)
-            invisible = hidden
-        nisa.tensor_copy_predicated(dst=qk[:, :, rows], src=MASKED, predicate=invisible)
-        if g == 0:
-            nisa.tensor_reduce(dst=unseen, op=nl.minimum, data=invisible, axis=2)
-        elif plan.has_mask:
-            also = nl.ndarray(unseen.shape, nl.uint8, buffer=nl.sbuf)
-            nisa.tensor_reduce(dst=also, op=nl.minimum, data=invisible, axis=2)
-            nisa.tensor_tensor(dst=unseen, data1=unseen, data2=also, op=nl.minimum)
-    return unseen
+    features = plan.features
+    for piece in tile.cached + tile.new:
+        for span in spans_of(piece, logits):
+            part = logits.banks[span[0]][0 : piece.partitions, nl.ds(span[1], span[2]), :]
+            if features.has_scales:
+                scale_by_pair(part, piece, consts, group, plan)
+            if features.soft_cap != None:  # noqa: E711  (the kernel language has no `is`)
+                scale = 1.0 if features.has_scales else features.scale
+                nisa.activation(dst=part, op=nl.tanh, data=part, scale=scale / features.soft_cap)
+            if plan.logit_unit != plan.raw_unit:
+                nisa.activation(dst=part, op=nl.copy, data=part, scale=plan.raw_unit)
 
 
-def clear_unseen_values(values: Any, unseen: Any) -> None:
-    """Zeroes values that no token sees: padding may hold NaN, and 0 * NaN is NaN."""
-    predicate = unseen.expand_dim(2).broadcast(2, values.shape[2])
-    nisa.tensor_copy_predicated(dst=values, src=0.0, predicate=predicate)
+def scale_by_pair(
+    part: Any, piece: Piece, consts: Constants, group: RowGroup, plan: KernelPlan
+) -> None:
+    """Logits of cached keys times the scale of their pair; those of new keys have only one."""
+    if piece.is_new:
+        nisa.tensor_scalar(dst=part, data=part, op0=nl.multiply, operand0=plan.features.scale)
+        return
+    first = group.first_batch * plan.kv_heads + group.first_kv
+    scales = consts.logit_scales[0 : piece.partitions, nl.ds(first, group.pairs)]
+    by_pair = part.reshape_dim(2, (group.pairs, group.rows_per_pair))
+    shape = by_pair.shape
+    every = scales.expand_dim(1).expand_dim(3).broadcast(1, shape[1]).broadcast(3, shape[3])
+    nisa.tensor_tensor(dst=by_pair, data1=by_pair, data2=every, op=nl.multiply)

@@ -1,81 +1,117 @@
-"""The online softmax of one tile: maximum, weights, sum. State is the same in every partition."""
+"""The online softmax of one tile: maximum, weights, sum."""
 
 from typing import Any
 
-from jax_tkg.nki.buffers import LOWEST_MAX, Constants, RowBuffers
+from jax_tkg.nki.buffers import LOWEST_MAX, Logits, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
-from jax_tkg.nki.plan import PARTITIONS, KernelPlan, KeyTile
+from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import PARTITIONS, RowGroup
 from jax_tkg.nki.steps.exchange import swap
+from jax_tkg.nki.tiles import KeyTile
 
 
-def cascaded_max_reduce(qk: Any, tile: KeyTile, rows: int) -> Any:
-    """The largest logit of each row in a tile, `[128, R]`: over subtiles, then over partitions.
+def cascaded_max_reduce(logits: Logits, group: RowGroup) -> Any:
+    """The largest logit of each row in a tile, `[128, R]` in PSUM: over columns, then partitions.
 
     Across partitions by a transpose, a reduction of the free axis, and the transpose of the result
     repeated.
     """
-    by_partition = nl.ndarray((tile.partitions, rows), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=by_partition, op=nl.maximum, data=qk.permute((0, 2, 1)), axis=2)
-    turned = nl.ndarray((rows, tile.partitions), nl.float32, buffer=nl.psum)
-    nisa.nc_transpose(dst=turned, data=by_partition, engine=nisa.engine.tensor)
-    largest = nl.ndarray((rows, 1), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=turned, axis=1)
-    everywhere = nl.ndarray((PARTITIONS, rows), nl.float32, buffer=nl.psum)
-    nisa.nc_transpose(
-        dst=everywhere, data=largest.broadcast(1, PARTITIONS), engine=nisa.engine.tensor
-    )
-    found = nl.ndarray((PARTITIONS, rows), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=found, src=everywhere)
-    return found
+    by_partition = max_over_columns(logits, group)
+    everywhere = nl.ndarray((PARTITIONS, group.rows), nl.float32, buffer=nl.psum)
+    for start in range(0, group.rows, PARTITIONS):
+        count = min(PARTITIONS, group.rows - start)
+        rows = nl.ds(start, count)
+        turned = nl.ndarray((count, PARTITIONS), nl.float32, buffer=nl.psum)
+        nisa.nc_transpose(dst=turned, data=by_partition[:, rows], engine=nisa.engine.tensor)
+        largest = nl.ndarray((count, 1), nl.float32, buffer=nl.sbuf)
+        nisa.tensor_reduce(dst=largest, op=nl.maximum, data=turned, axis=1)
+        repeated = largest.broadcast(1, PARTITIONS)
+        nisa.nc_transpose(dst=everywhere[:, rows], data=repeated, engine=nisa.engine.tensor)
+    return everywhere
 
 
-def update_running_max(tile_max: Any, bufs: RowBuffers, plan: KernelPlan) -> None:
+def max_over_columns(logits: Logits, group: RowGroup) -> Any:
+    """The largest logit of each row in each partition, `[128, R]`."""
+    banks = len(logits.banks)
+    by_bank = nl.ndarray((PARTITIONS, banks, group.rows), nl.float32, buffer=nl.sbuf)
+    for i in range(banks):
+        by_row = logits.banks[i].permute((0, 2, 1))
+        nisa.tensor_reduce(dst=by_bank[:, i, :], op=nl.maximum, data=by_row, axis=2)
+    if banks == 1:
+        return by_bank[:, 0, :]
+    largest = nl.ndarray((PARTITIONS, group.rows), nl.float32, buffer=nl.sbuf)
+    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=by_bank.permute((0, 2, 1)), axis=2)
+    return largest
+
+
+def fa_update_running_max(
+    tile_max: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan
+) -> None:
     """The new running maximum, and by what factor all that was summed before shrinks."""
-    if plan.sharding == "sequence" and plan.exchange == "every tile":
-        theirs = swap(tile_max)
-        nisa.tensor_tensor(dst=tile_max, data1=tile_max, data2=theirs, op=nl.maximum)
-    nisa.tensor_tensor(dst=tile_max, data1=tile_max, data2=bufs.max, op=nl.maximum)
-    nisa.tensor_tensor(dst=bufs.decay, data1=bufs.max, data2=tile_max, op=nl.subtract)
-    nisa.activation(dst=bufs.decay, op=nl.exp, data=bufs.decay)
-    nisa.tensor_copy(dst=bufs.max, src=tile_max)
+    if plan.every_tile:
+        mine = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
+        nisa.tensor_copy(dst=mine, src=tile_max)
+        theirs = swap(mine)
+        nisa.tensor_tensor(dst=mine, data1=mine, data2=theirs, op=nl.maximum)
+        tile_max = mine
+    if is_first:
+        nisa.tensor_scalar(dst=bufs.max, data=tile_max, op0=nl.maximum, operand0=LOWEST_MAX)
+        return
+    largest = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=largest, data1=tile_max, data2=bufs.max, op=nl.maximum)
+    nisa.tensor_tensor(dst=bufs.decay, data1=bufs.max, data2=largest, op=nl.subtract)
+    nisa.activation(dst=bufs.decay, op=nl.exp, data=bufs.decay, scale=plan.logit_unit)
+    nisa.tensor_copy(dst=bufs.max, src=largest)
 
 
-def compute_exp_qk(qk: Any, dtype: Any, bufs: RowBuffers, tile: KeyTile) -> Any:
-    """Turns logits into exp(logit - running maximum); returns them in the type of the values.
-
-    The sum is taken of the float32 ones: the log-sum-exp is as exact as they are.
-    """
-    top = bufs.max[0 : tile.partitions].expand_dim(1).broadcast(1, tile.subtiles)
-    nisa.tensor_tensor(dst=qk, data1=qk, data2=top, op=nl.subtract)
-    nisa.activation(dst=qk, op=nl.exp, data=qk)
-    if dtype == nl.float32:
-        return qk
-    weights = nl.ndarray(qk.shape, dtype, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=weights, src=qk)
+def compute_exp_qk(
+    logits: Logits, bufs: RowBuffers, tile: KeyTile, group: RowGroup, plan: KernelPlan
+) -> Any:
+    """exp(logit - running maximum), float32 `[128, columns, R]`."""
+    weights = nl.ndarray((PARTITIONS, tile.columns, group.rows), nl.float32, buffer=nl.sbuf)
+    for i in range(len(logits.banks)):
+        bank = logits.banks[i]
+        count = bank.shape[1]
+        top = bufs.max.expand_dim(1).broadcast(1, count)
+        nisa.tensor_tensor(dst=bank, data1=bank, data2=top, op=nl.subtract)
+        part = weights[:, nl.ds(i * logits.per_bank, count), :]
+        nisa.activation(dst=part, op=nl.exp, data=bank, scale=plan.logit_unit)
     return weights
 
 
+def round_weights(weights: Any, dtype: Any) -> Any:
+    """Weights in the type of the values; sums are taken of the float32 ones, for an exact LSE."""
+    if dtype == nl.float32:
+        return weights
+    rounded = nl.ndarray(weights.shape, dtype, buffer=nl.sbuf)
+    nisa.activation(dst=rounded, op=nl.copy, data=weights)
+    return rounded
+
+
 def cascaded_sum_reduction(
-    weights: Any, bufs: RowBuffers, consts: Constants, tile: KeyTile, plan: KernelPlan
+    weights: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan
 ) -> None:
-    """Adds the weights of a tile to the running sum: over subtiles, then over partitions."""
-    rows = weights.shape[2]
-    by_partition = nl.ndarray((tile.partitions, rows), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=by_partition, op=nl.add, data=weights.permute((0, 2, 1)), axis=2)
-    sums = nl.ndarray((PARTITIONS, rows), nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(
-        dst=sums, stationary=consts.ones[0 : tile.partitions], moving=by_partition, accumulate=False
-    )
-    total = nl.ndarray((PARTITIONS, rows), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=total, src=sums)
-    update_running_sum(total, bufs, plan)
+    """Adds the weights of a tile to the running sum of each partition.
+
+    The second step of the cascade, over partitions, is linear and waits for the end.
+    """
+    by_row = weights.permute((0, 2, 1))
+    if is_first and not plan.every_tile:
+        nisa.tensor_reduce(dst=bufs.sum, op=nl.add, data=by_row, axis=2)
+        return
+    total = nl.ndarray(bufs.sum.shape, nl.float32, buffer=nl.sbuf)
+    nisa.tensor_reduce(dst=total, op=nl.add, data=by_row, axis=2)
+    fa_update_running_sum(total, bufs, is_first, plan)
 
 
-def update_running_sum(total: Any, bufs: RowBuffers, plan: KernelPlan) -> None:
+def fa_update_running_sum(total: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan) -> None:
     """Running sum = running sum * decay + the tile's sum."""
-    if plan.sharding == "sequence" and plan.exchange == "every tile":
+    if plan.every_tile:
         theirs = swap(total)
         nisa.tensor_tensor(dst=total, data1=total, data2=theirs, op=nl.add)
+    if is_first:
+        nisa.tensor_copy(dst=bufs.sum, src=total)
+        return
     nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=bufs.decay, op=nl.multiply)
     nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=total, op=nl.add)
 
@@ -84,9 +120,9 @@ def take_part_in_exchanges(bufs: RowBuffers, plan: KernelPlan) -> None:
     """The exchanges of a tile that only the other program has, and what follows from them here."""
     nothing = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=nothing, value=LOWEST_MAX)
-    update_running_max(nothing, bufs, plan)
+    fa_update_running_max(nothing, bufs, False, plan)
     nisa.memset(dst=nothing, value=0.0)
-    update_running_sum(nothing, bufs, plan)
+    fa_update_running_sum(nothing, bufs, False, plan)
     for running in bufs.output:
         decay = bufs.decay[0 : running.shape[0]]
         nisa.tensor_tensor(dst=running, data1=running, data2=decay, op=nl.multiply)

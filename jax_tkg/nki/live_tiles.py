@@ -1,0 +1,82 @@
+"""Where a loop over live tiles goes: computed from lengths and windows, on the device, in JAX."""
+
+import jax.numpy as jnp
+
+from jax_tkg._typing import Array
+from jax_tkg.nki.plan import LiveTiles
+
+NEVER = 1 << 23
+"""A slot behind all others; exact in float32."""
+
+
+def place_live_tiles(
+    low: Array,
+    high: Array,
+    usable: Array | None,
+    slots: int,
+    live: LiveTiles,
+    programs: int,
+) -> tuple[Array, Array, Array]:
+    """Tiles over the slots that some token of a sequence sees.
+
+    They follow each other from the last live slot downwards; what is left is covered by one from
+    the first live slot on, which counts only what is in no other. So a tile holds no dead slot
+    unless fewer are live than it has (or pages do not let it start anywhere): then it is a dirty
+    tile, and its dead values are cleared. Tiles in which every token sees every slot are full, all
+    others edge tiles.
+
+    Programs take turns and make equally many rounds: an odd full tile is treated as an edge tile,
+    an odd edge tile leaves one program a round in which nothing counts.
+
+    Token t of row b sees slots low[b, t] <= s < high[b, t] of S. The first slot of row b that has
+    no page is usable[b]: only where there are live ones behind it do dead slots lie among them.
+
+    Returns:
+        counts, starts, edges as in `Inputs`.
+    """
+    keys, unit = live.full.keys, live.unit
+    low, high = low.astype(jnp.int32), jnp.minimum(high.astype(jnp.int32), slots)
+    sees = low < high
+    end = jnp.max(jnp.where(sees, high, 0), axis=1)
+    first = jnp.minimum(jnp.min(jnp.where(sees, low, slots), axis=1), end)
+    all_from = jnp.max(jnp.where(sees, low, slots), axis=1)
+    all_to = jnp.min(jnp.where(sees, high, 0), axis=1)
+    usable = jnp.full_like(end, slots) if usable is None else usable
+    all_to = jnp.minimum(all_to, usable)
+    bottom, top = first // unit * unit, -(-end // unit) * unit
+
+    whole = (top - bottom) // keys
+    tiles = -(-(top - bottom) // keys)
+    behind = jnp.clip(-(-(top - all_to) // keys), 0, whole)
+    full = jnp.clip((top - all_from) // keys - behind, 0, whole - behind)
+    full_rounds = full // programs
+    taken = full_rounds * programs
+    others = tiles - taken
+    rounds = -(-others // programs)
+    is_dirty = (whole == 0) | (bottom < first) | (top > end) | (usable < end)
+    counts = jnp.stack(
+        [full_rounds, jnp.where(is_dirty, 0, rounds), jnp.where(is_dirty, rounds, 0)], axis=-1
+    )
+
+    turn = jnp.arange(live.width, dtype=jnp.int32) * programs
+    turn = turn[None, None] + jnp.arange(programs, dtype=jnp.int32)[:, None, None]
+
+    def per_row(x: Array) -> Array:
+        return x[None, :, None]
+
+    counts_at_all = turn < per_row(others)
+    number = jnp.minimum(turn, per_row(jnp.maximum(others - 1, 0)))
+    number += jnp.where(number < per_row(behind), 0, per_row(taken))
+    is_last = number >= per_row(whole)
+    covered = per_row(top - whole * keys)
+    start = jnp.where(is_last, per_row(bottom), per_row(top) - (number + 1) * keys)
+    start = jnp.clip(start, 0, slots - keys)
+    behind_counted = jnp.where(is_last, covered, NEVER)
+    behind_counted = jnp.where(counts_at_all, behind_counted, 0)
+    full_start = per_row(top) - (per_row(behind) + turn + 1) * keys
+    starts = jnp.stack([jnp.clip(full_start, 0, slots - keys), start], axis=2) // unit
+    return (
+        jnp.broadcast_to(counts, (programs, *counts.shape)).astype(jnp.int32),
+        starts.astype(jnp.int32),
+        jnp.stack([start, behind_counted], axis=2).astype(jnp.float32),
+    )

@@ -1,0 +1,74 @@
+"""A loop at run time over the tiles of a sequence that hold live keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax_tkg.nki.buffers import Inputs, LiveTables, Place
+from jax_tkg.nki.dialect import nisa, nl
+from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import PARTITIONS, RowBlock, RowGroup
+from jax_tkg.nki.steps.load import load_broadcast
+from jax_tkg.nki.tiles import KeyTile
+
+FULL, EDGE, DIRTY = 0, 1, 2
+
+
+def load_live_tables(inputs: Inputs, block: RowBlock, plan: KernelPlan) -> LiveTables:
+    """Where the live tiles of the sequences of a block are, for this program."""
+    live: Any = plan.live
+    program, first = nl.program_id(0), block.sequences[0].first_batch
+    count = block.sequences[-1].first_batch + 1 - first
+    some = nl.ds(first, count)
+    counts = nl.ndarray((1, count, 3), nl.int32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=counts, src=inputs.live_counts[program, some].expand_dim(0))
+    starts = nl.ndarray((1, count, 2 * live.width), nl.int32, buffer=nl.sbuf)
+    mine = inputs.live_starts[program, some].flatten_dims(1, 2)
+    nisa.dma_copy(dst=starts, src=mine.expand_dim(0))
+    edges = load_broadcast(inputs.live_edges[program, some])
+    edges = edges.reshape((PARTITIONS, count, 2, live.width))
+    return LiveTables(first, counts, starts, edges)
+
+
+def for_each_live_tile(
+    attend: Callable[[KeyTile, Place], None],
+    tables: LiveTables,
+    sequence: RowGroup,
+    plan: KernelPlan,
+) -> None:
+    """Calls `attend(tile, place)` in loops: over full tiles, then over edge or dirty ones."""
+    live: Any = plan.live
+    number = sequence.first_batch - tables.first_batch
+    counts, starts = tables.counts[:, number], tables.starts[:, number]
+    edges, others = tables.edges[:, number], starts[:, nl.ds(live.width, live.width)]
+
+    def attend_full(i: Any) -> None:
+        start = nisa.register_alloc()
+        nisa.register_load(start, starts[:, nl.ds(i, 1)])
+        attend(live.full, Place(start, None, None))
+
+    def attend_edge(i: Any) -> None:
+        attend(live.edge, place_of(i, others, edges))
+
+    def attend_dirty(i: Any) -> None:
+        attend(live.dirty, place_of(i, others, edges))
+
+    nl.fori_loop(0, count_of(counts, FULL), attend_full)
+    nl.fori_loop(0, count_of(counts, EDGE), attend_edge)
+    if plan.features.clears_values:
+        nl.fori_loop(0, count_of(counts, DIRTY), attend_dirty)
+    else:
+        nl.fori_loop(0, count_of(counts, DIRTY), attend_edge)
+
+
+def count_of(counts: Any, kind: int) -> Any:
+    """How many tiles of a kind: a register."""
+    count = nisa.register_alloc()
+    nisa.register_load(count, counts[:, kind : kind + 1])
+    return count
+
+
+def place_of(i: Any, starts: Any, edges: Any) -> Place:
+    """Where edge or dirty tile i is."""
+    start = nisa.register_alloc()
+    nisa.register_load(start, starts[:, nl.ds(i, 1)])
+    return Place(start, edges[:, 0, nl.ds(i, 1)], edges[:, 1, nl.ds(i, 1)])

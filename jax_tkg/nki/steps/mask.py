@@ -1,0 +1,230 @@
+"""Which rows see which keys, and biases."""
+
+from typing import Any
+
+from jax_tkg.nki.buffers import MASKED, Constants, Inputs, Logits, Place
+from jax_tkg.nki.dialect import nisa, nl
+from jax_tkg.nki.plan import KernelPlan
+from jax_tkg.nki.rows import PARTITIONS, RowGroup
+from jax_tkg.nki.steps.new_keys import load_for_rows
+from jax_tkg.nki.steps.qk import spans_of
+from jax_tkg.nki.tiles import KeyTile
+
+
+def mask_cached(
+    logits: Logits,
+    sources: Any,
+    inputs: Inputs,
+    consts: Constants,
+    place: Place,
+    tile: KeyTile,
+    group: RowGroup,
+    plan: KernelPlan,
+) -> Any:
+    """Masks the logits of cached keys that a row may not see, also NaN ones.
+
+    Returns:
+        uint8 `[128, columns, pairs]`, 1 where no row of a pair sees the key; None where all are
+        seen, or where unseen ones are known to be harmless.
+    """
+    features = plan.features
+    if not tile.cached or not (tile.is_masked or features.has_mask):
+        return None
+    hidden: Any = None
+    if tile.is_masked:
+        hidden = find_hidden(inputs, consts, place, tile, group, plan)
+        hide_holes(hidden, sources, tile, group)
+    if features.has_mask:
+        hidden = join_dense(hidden, inputs, place, tile, group, plan)
+    heads = hidden.shape[3]
+    together = group.kv_heads * group.queries // heads
+    for piece in tile.cached:
+        for span in spans_of(piece, logits):
+            mine = hidden[:, nl.ds(piece.column + span[3], span[2])]
+            part = logits.banks[span[0]][:, nl.ds(span[1], span[2]), :]
+            if heads == 1:
+                part = part.reshape_dim(2, (group.batches, together, group.tokens))
+                mine = mine.broadcast(3, together)
+            else:
+                mine = mine.flatten_dims(2, 4)
+            nisa.tensor_copy_predicated(dst=part, src=MASKED, predicate=mine)
+    if not tile.is_dirty:
+        return None
+    return find_unseen(hidden, group)
+
+
+def find_hidden(
+    inputs: Inputs,
+    consts: Constants,
+    place: Place,
+    tile: KeyTile,
+    group: RowGroup,
+    plan: KernelPlan,
+) -> Any:
+    """Which cached keys the new tokens do not see by position: `[128, columns, b, 1, T]`."""
+    columns, features = tile.cached_columns, plan.features
+    batches = nl.ds(group.first_batch, group.batches)
+    shape = (PARTITIONS, columns, group.batches, plan.tokens)
+    if features.has_positions:
+        positions = load_positions(inputs, tile, group)
+    else:
+        slots = slot_numbers(place, tile)
+        positions = slots.expand_dim(2).broadcast(2, group.batches)
+    every = positions.expand_dim(3).broadcast(3, plan.tokens)
+    hidden = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
+    bound = consts.high[:, batches].expand_dim(1).broadcast(1, columns)
+    nisa.tensor_tensor(dst=hidden, data1=every, data2=bound, op=nl.greater_equal)
+    if features.has_low:
+        before = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
+        bound = consts.low[:, batches].expand_dim(1).broadcast(1, columns)
+        nisa.tensor_tensor(dst=before, data1=every, data2=bound, op=nl.less)
+        nisa.tensor_tensor(dst=hidden, data1=hidden, data2=before, op=nl.logical_or)
+    if place.behind_counted != None:  # noqa: E711  (the kernel language has no `is`)
+        elsewhere = nl.ndarray((PARTITIONS, columns), nl.uint8, buffer=nl.sbuf)
+        nisa.tensor_scalar(
+            dst=elsewhere, data=slots, op0=nl.greater_equal, operand0=place.behind_counted
+        )
+        again = elsewhere.expand_dim(2).expand_dim(3)
+        again = again.broadcast(2, group.batches).broadcast(3, plan.tokens)
+        nisa.tensor_tensor(dst=hidden, data1=hidden, data2=again, op=nl.logical_or)
+    return hidden.expand_dim(3)
+
+
+def hide_holes(hidden: Any, sources: Any, tile: KeyTile, group: RowGroup) -> None:
+    """Hides the slots of a paged cache that have no page."""
+    for b in range(group.batches):
+        holes = sources[b * group.kv_heads].holes
+        for k in range(len(holes)):
+            piece = tile.cached[k]
+            columns = nl.ds(piece.column, piece.subtiles)
+            part = hidden[0 : piece.partitions, columns, b, 0]
+            every = holes[k].expand_dim(2).broadcast(1, piece.subtiles).broadcast(2, group.tokens)
+            nisa.tensor_tensor(dst=part, data1=part, data2=every, op=nl.logical_or)
+
+
+def slot_numbers(place: Place, tile: KeyTile) -> Any:
+    """The slot of each cached key of a tile, float32 `[128, columns]`; beyond it, later ones."""
+    slots = nl.ndarray((PARTITIONS, tile.cached_columns), nl.float32, buffer=nl.sbuf)
+    is_known = place.behind_counted == None  # noqa: E711
+    for piece in tile.cached:
+        nisa.iota(
+            dst=slots[:, nl.ds(piece.column, piece.subtiles)],
+            pattern=[[1, piece.subtiles]],
+            offset=piece.start + place.first_slot if is_known else piece.start,
+            channel_multiplier=piece.subtiles,
+        )
+    if not is_known:
+        nisa.tensor_scalar(dst=slots, data=slots, op0=nl.add, operand0=place.first_slot)
+    return slots
+
+
+def load_positions(inputs: Inputs, tile: KeyTile, group: RowGroup) -> Any:
+    """The position of each cached key of a tile, `[128, columns, b]`; -1 beyond them."""
+    shape = (PARTITIONS, group.batches, tile.cached_columns)
+    positions = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=positions, value=-1.0)
+    for piece in tile.cached:
+        slots = nl.ds(tile.start + piece.start, piece.keys)
+        mine = inputs.positions[nl.ds(group.first_batch, group.batches), slots]
+        by_key = mine.reshape_dim(1, (piece.partitions, piece.subtiles)).permute((1, 0, 2))
+        columns = nl.ds(piece.column, piece.subtiles)
+        nisa.dma_copy(dst=positions[0 : piece.partitions, :, columns], src=by_key)
+    return positions.permute((0, 2, 1))
+
+
+def join_dense(
+    hidden: Any, inputs: Inputs, place: Place, tile: KeyTile, group: RowGroup, plan: KernelPlan
+) -> Any:
+    """Hidden by position or by the dense mask: `[128, columns, b, heads or 1, T]`."""
+    dense = load_dense(inputs.hidden, nl.uint8, 1, place, tile, group, plan)
+    joined = nl.ndarray(dense.shape, nl.uint8, buffer=nl.sbuf)
+    if hidden == None:  # noqa: E711
+        nisa.tensor_copy(dst=joined, src=dense)
+        return joined
+    every = hidden.broadcast(3, dense.shape[3])
+    nisa.tensor_tensor(dst=joined, data1=dense, data2=every, op=nl.logical_or)
+    return joined
+
+
+def load_dense(
+    dense: Any,
+    dtype: Any,
+    beyond: float,
+    place: Place,
+    tile: KeyTile,
+    group: RowGroup,
+    plan: KernelPlan,
+) -> Any:
+    """A dense mask or bias of a tile: `[128, columns, b, heads or 1, T]`; `beyond` its keys."""
+    heads = group.kv_heads * group.queries if dense.shape[1] > 1 else 1
+    first = group.first_kv * plan.group + group.first_query if dense.shape[1] > 1 else 0
+    tokens = dense.shape[2]
+    shape = (PARTITIONS, group.batches, heads, tokens, tile.cached_columns)
+    loaded = nl.ndarray(shape, dtype, buffer=nl.sbuf)
+    for piece in tile.cached:
+        p, columns = piece.partitions, nl.ds(piece.column, piece.subtiles)
+        slots = nl.ds(place.first_slot + piece.start, piece.keys)
+        if p < PARTITIONS:
+            nisa.memset(dst=loaded[:, :, :, :, columns], value=beyond)
+        for b in range(group.batches):
+            batch = group.first_batch + b if dense.shape[0] > 1 else 0
+            mine = dense[batch, nl.ds(first, heads), :, slots]
+            by_key = mine.reshape_dim(2, (p, piece.subtiles)).permute((2, 0, 1, 3))
+            nisa.dma_copy(dst=loaded[0:p, b, :, :, columns], src=by_key)
+    by_column = loaded.permute((0, 4, 1, 2, 3))
+    return by_column.broadcast(4, plan.tokens) if tokens < plan.tokens else by_column
+
+
+def find_unseen(hidden: Any, group: RowGroup) -> Any:
+    """Which keys no row of a pair sees, from `[128, columns, b, heads or 1, T]`."""
+    columns, heads = hidden.shape[1], hidden.shape[3]
+    if heads == 1:
+        unseen = hidden[:, :, :, 0, 0]
+        if group.tokens > 1:
+            unseen = nl.ndarray((PARTITIONS, columns, group.batches), nl.uint8, buffer=nl.sbuf)
+            nisa.tensor_reduce(dst=unseen, op=nl.minimum, data=hidden[:, :, :, 0, :], axis=3)
+        by_head = unseen.expand_dim(3).broadcast(3, group.kv_heads)
+        found = nl.ndarray((PARTITIONS, columns, group.pairs), nl.uint8, buffer=nl.sbuf)
+        by_pair = found.reshape_dim(2, (group.batches, group.kv_heads))
+        nisa.tensor_copy(dst=by_pair, src=by_head)
+        return found
+    found = nl.ndarray((PARTITIONS, columns, group.pairs), nl.uint8, buffer=nl.sbuf)
+    rows = hidden.flatten_dims(2, 4).reshape_dim(2, (group.pairs, group.rows_per_pair))
+    nisa.tensor_reduce(dst=found, op=nl.minimum, data=rows, axis=3)
+    return found
+
+
+def mask_new(
+    logits: Logits, inputs: Inputs, tile: KeyTile, group: RowGroup, plan: KernelPlan
+) -> None:
+    """Adds the bias of new keys, and masks those that a row may not see."""
+    for piece in tile.new:
+        part = logits.banks[piece.column // logits.per_bank]
+        part = part[0 : piece.keys, piece.column % logits.per_bank, :]
+        if plan.features.has_bias:
+            bias = load_for_rows(inputs.new_bias, piece, group, plan)
+            nisa.tensor_tensor(dst=part, data1=part, data2=bias, op=nl.add)
+        hidden = load_for_rows(inputs.new_hidden, piece, group, plan)
+        nisa.tensor_copy_predicated(dst=part, src=MASKED, predicate=hidden)
+
+
+def add_bias(
+    logits: Logits, inputs: Inputs, place: Place, tile: KeyTile, group: RowGroup, plan: KernelPlan
+) -> None:
+    """Adds the dense bias to the logits of cached keys."""
+    if not plan.features.has_bias or not tile.cached:
+        return
+    bias = load_dense(inputs.bias, nl.float32, 0.0, place, tile, group, plan)
+    heads = bias.shape[3]
+    together = group.kv_heads * group.queries // heads
+    for piece in tile.cached:
+        for span in spans_of(piece, logits):
+            p = piece.partitions
+            mine = bias[0:p, nl.ds(piece.column + span[3], span[2])]
+            part = logits.banks[span[0]][0:p, nl.ds(span[1], span[2]), :]
+            if heads == 1:
+                part = part.reshape_dim(2, (group.batches, together, group.tokens))
+                mine = mine.broadcast(3, together)
+            else:
+                mine = mine.flatten_dims(2, 4)
+            nisa.tensor_tensor(dst=part, data1=part, data2=mine, op=nl.add)

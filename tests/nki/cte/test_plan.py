@@ -1,0 +1,173 @@
+"""The prefill plan: every visible key of every row once, little else, balanced programs."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_tkg.nki.cte.count import work
+from jax_tkg.nki.cte.plan import GROUP_BLOCKS, PrefillPlan, make_plan, visits_of
+from jax_tkg.nki.cte.tiles import KeySource, columns_of, subtiles_of
+
+
+def plan(*sources: KeySource, **changes: Any) -> PrefillPlan:
+    sizes: dict[str, Any] = {
+        "batch": 1, "tokens": 300, "heads": 4, "kv_heads": 2, "head_dim": 64,
+        "value_head_dim": 64, "scale": 0.125, "itemsize": 2, "sources": sources,
+    }  # fmt: skip
+    return make_plan(**(sizes | changes))
+
+
+def causal(tokens: int, window: int | None = None, **changes: Any) -> PrefillPlan:
+    """A whole prompt of one head; the window has so many keys."""
+    before = None if window is None else 1 - window
+    source = KeySource(tokens, after=0, before=before)
+    return plan(source, **({"tokens": tokens, "heads": 1, "kv_heads": 1} | changes))
+
+
+OFFSETS = st.none() | st.integers(-400, 400)
+
+
+@given(
+    tokens=st.integers(1, 700),
+    slots=st.integers(1, 2500),
+    group=st.integers(1, 5),
+    offsets=st.tuples(OFFSETS, OFFSETS),
+    is_exact=st.booleans(),
+    page_len=st.sampled_from([0, 0, 1, 7, 16, 96]),
+    itemsize=st.sampled_from([2, 4]),
+    programs=st.sampled_from([1, 2]),
+)
+def test_every_visible_key_of_every_row_once(
+    tokens: int, slots: int, group: int, offsets: tuple[int | None, int | None], is_exact: bool,
+    page_len: int, itemsize: int, programs: int,
+) -> None:  # fmt: skip
+    before, after = offsets
+    slots = slots if not page_len else -(-slots // page_len) * page_len
+    layout = "paged" if page_len else "BKSH"
+    source = KeySource(slots, layout, before, after, is_exact, page_len=page_len)
+    made = plan(
+        source, tokens=tokens, heads=group, kv_heads=1, itemsize=itemsize, programs=programs
+    )
+    rows: Counter[tuple[int, int]] = Counter()
+    for share in made.shares:
+        for blocks in share.groups:
+            assert len(blocks) <= GROUP_BLOCKS
+            for block in blocks:
+                assert block.rows == block.heads * block.tokens <= 128
+                rows.update(
+                    (block.first_head + h, block.first_token + t)
+                    for h in range(block.heads)
+                    for t in range(block.tokens)
+                )
+            check_visits(made, source, blocks)
+    assert rows == Counter((h, t) for h in range(group) for t in range(tokens))
+
+
+def check_visits(made: PrefillPlan, source: KeySource, blocks: Any) -> None:
+    seen: dict[int, list[int]] = {i: [] for i in range(len(blocks))}
+    for visit in visits_of(made, blocks):
+        tile = visit.tile
+        assert tile.keys <= made.tile_keys
+        assert 0 <= tile.start < tile.start + tile.keys <= source.slots
+        for step in visit.steps:
+            columns = []
+            for j in range(*subtiles_of(tile, step)):
+                start, end, stride, count = columns_of(tile, j, step.first, step.keys)
+                mine = range(start, end, stride)
+                assert len(mine) == count <= 128
+                columns += mine
+            assert sorted(columns) == list(range(step.keys))
+            first = tile.start + step.first
+            seen[step.block] += range(first, first + step.keys)
+            if not step.is_masked:
+                assert source.is_exact
+                for t in (blocks[step.block].first_token, last_token(blocks[step.block])):
+                    assert visible(source, t).start <= first
+                    assert first + step.keys <= visible(source, t).stop
+    for i, block in enumerate(blocks):
+        assert len(seen[i]) == len(set(seen[i]))
+        wanted = set(visible(source, block.first_token)) | set(visible(source, last_token(block)))
+        assert wanted <= set(seen[i])
+
+
+def last_token(block: Any) -> int:
+    return int(block.first_token + block.tokens - 1)
+
+
+def visible(source: KeySource, token: int) -> range:
+    """What a query may see."""
+    first = 0 if source.before is None else max(0, token + source.before)
+    end = source.slots
+    if source.after is not None:
+        end = min(end, token + source.after + 1)
+    return range(first, max(first, end))
+
+
+def test_causality_halves_the_work() -> None:
+    done = work(causal(8192))
+    assert done.squares <= 0.55 * done.all_squares
+    assert done.squares == 64 * 65 // 2  # nothing above the diagonal
+    # Those on the diagonal need a mask: one step of each block of 128 rows.
+    assert done.masked_steps == 64
+    full = work(plan(KeySource(8192), tokens=8192, heads=1, kv_heads=1))
+    assert full.squares == full.all_squares == 64 * 64
+    assert full.masked_steps == 0
+    assert done.keys_loaded <= 0.65 * full.keys_loaded
+
+
+@pytest.mark.parametrize("what", ["squares", "steps", "keys_loaded"])
+def test_a_window_makes_the_cost_linear(what: str) -> None:
+    costs = [getattr(work(causal(tokens, window=1024)), what) for tokens in (8192, 16384, 32768)]
+    once, twice = costs[1] - costs[0], costs[2] - costs[1]
+    assert twice == 2 * once
+    assert costs[0] <= 8192 // 128 * (1024 // 128 + 2) * (1 if what != "keys_loaded" else 128)
+
+
+def test_what_lies_before_a_window_is_not_even_loaded() -> None:
+    source = KeySource(32768, before=32768 - 511)
+    made = plan(source, KeySource(128, after=0), tokens=128, heads=1, kv_heads=1)
+    assert work(made).keys_loaded == 512 + 128
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1024, 1100, 4096, 8192])
+def test_two_programs_get_equal_shares_of_causal_work(tokens: int, group: int) -> None:
+    made = causal(tokens, heads=group, programs=2)
+    assert made.sharding == "rows"
+    shares = [work(made, program).squares for program in (0, 1)]
+    assert sum(shares) == work(made).squares
+    assert max(shares) <= 1.1 * sum(shares) / 2
+
+
+def test_an_even_number_of_pairs_is_divided() -> None:
+    made = causal(256, batch=3, heads=4, kv_heads=2, programs=2)
+    assert [share.pairs for share in made.shares] == [(0, 1, 2), (3, 4, 5)]
+    assert made.shares[0].groups == made.shares[1].groups
+    assert "6 pairs" in str(made)
+
+
+def test_heads_of_a_group_share_the_keys() -> None:
+    one, many = work(causal(512)), work(causal(512, heads=4))
+    assert many.squares == 4 * one.squares
+    assert many.keys_loaded == one.keys_loaded
+
+
+def test_few_tokens_of_several_heads_share_the_partitions() -> None:
+    made = plan(KeySource(100), tokens=20, heads=16, kv_heads=2)
+    assert [block.rows for block in made.shares[0].groups[0]] == [120, 40]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 257}, "head_dim 257 and 64: the kernel takes up to 256"),
+        ({"sources": (KeySource(8, "BKHS", has_holes=True),)}, "has_holes with layout BKHS"),
+        ({"sources": ()}, "0 key sources: the cache, or the cache and new keys"),
+    ],
+)
+def test_what_cannot_be_planned(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**({"sources": (KeySource(8),)} | changes))
