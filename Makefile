@@ -29,6 +29,10 @@ test: $(VENV)/.dev model ## Run the tests, without the large shape grid
 test-all: $(VENV)/.dev model ## Run all tests
 	$(PYTEST) $(PYTEST_ARGS)
 
+.PHONY: grid
+grid: $(VENV)/.dev ## Run every row of the shape grid through the kernel (hours; resumes)
+	$(BIN)/python -m tests.grid $(GRID_ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.dev ## Lint, check the format and the types
 	$(BIN)/ruff check
