@@ -33,7 +33,6 @@ from jax_tkg.nki.steps.pv import (
     compute_new_pv_matmul,
     compute_pv_matmul,
     fa_accumulate_output,
-    fa_rescale_output,
     scale_values,
 )
 from jax_tkg.nki.steps.qk import (
@@ -46,6 +45,7 @@ from jax_tkg.nki.steps.softmax import (
     cascaded_max_reduce,
     cascaded_sum_reduction,
     compute_exp_qk,
+    fa_rescale_output,
     fa_update_running_max,
     round_weights,
     take_part_in_exchanges,
@@ -179,10 +179,10 @@ def attend_live_tiles(
 ) -> None:
     """Folds the live keys of one sequence into its rows."""
 
-    def attend(tile: KeyTile, place: Place) -> None:
+    def attend_here(tile: KeyTile, place: Place) -> None:
         attend_tile(tile, place, False, inputs, None, bufs, consts, sequence, plan)
 
-    for_each_live_tile(attend, tables, sequence, plan)
+    for_each_live_tile(attend_here, tables, sequence, plan)
 
 
 def attend_tile(

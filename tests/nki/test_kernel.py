@@ -1,7 +1,6 @@
 """The decode kernel by itself: language, hardware rules, exchanges, long buckets, every step."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax_tkg.nki.interpreter.lint import check
 from jax_tkg.nki.live_tiles import place_live_tiles
 from jax_tkg.nki.plan import Features, KernelPlan, make_plan
 from jax_tkg.nki.rope_call import rotary_table
-from jax_tkg.nki.steps import exchange, finalize, mask, softmax
+from jax_tkg.nki.steps import exchange
 from jax_tkg.rope import RotaryEmbedding
 
 NAMES = tuple(inspect.signature(attention_tkg).parameters)[:-1]
@@ -335,74 +334,3 @@ def test_queries_and_results_in_sbuf(batch: int, slots: int, programs: int, shar
         np.testing.assert_allclose(by_row, want_out, atol=CLOSE, rtol=0)
         by_row = lse[program].reshape(batch, 4, 2).swapaxes(1, 2)
         np.testing.assert_allclose(by_row, want_lse, atol=CLOSE, rtol=0)
-
-
-def nothing(*_: Any, **__: Any) -> None:
-    """A step left out."""
-
-
-def without(name: str, place: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(place, name, nothing)
-
-
-def no_decay(patch: pytest.MonkeyPatch) -> None:
-    """The running sum and output are not rescaled when the maximum moves."""
-    real = softmax.fa_update_running_max
-
-    def update(tile_max: Any, bufs: Any, *rest: Any) -> None:
-        real(tile_max, bufs, *rest)
-        nisa.memset(bufs.decay, 1.0)
-
-    patch.setattr(kernel_module, "fa_update_running_max", update)
-
-
-def maximum_not_in_logits(patch: pytest.MonkeyPatch) -> None:
-    real = finalize.max_in_logits
-    patch.setattr(
-        finalize,
-        "max_in_logits",
-        lambda bufs, columns, plan: real(bufs, columns, replace(plan, logit_unit=1.0)),
-    )
-
-
-def swap_with_oneself(patch: pytest.MonkeyPatch) -> None:
-    for place in (exchange, softmax):
-        patch.setattr(place, "swap", lambda tile: tile)
-
-
-def equal_weights(patch: pytest.MonkeyPatch) -> None:
-    """Programs are merged without regard to their maxima."""
-    real = exchange.weight_of
-    patch.setattr(exchange, "weight_of", lambda _, top, unit: real(top, top, unit))
-
-
-NEEDED_STEPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "decay of sum and output": no_decay,
-    "exchange": swap_with_oneself,
-    "merge": without("merge_programs", kernel_module),
-    "weights of the merge": equal_weights,
-    "sinks": lambda patch: patch.setattr(finalize, "add_sinks", lambda *_: None),
-    "output of a tile": without("fa_accumulate_output", kernel_module),
-    "sum of a tile": without("cascaded_sum_reduction", kernel_module),
-    "clearing of values": without("clear_unseen_values", kernel_module),
-    "rescaling of the output": without("fa_rescale_output", kernel_module),
-    "units of the maximum": maximum_not_in_logits,
-    "mask": lambda patch: patch.setattr(mask, "MASKED", 0.0),
-    "mask of new keys": without("mask_new", kernel_module),
-}
-
-
-@pytest.mark.parametrize("exchange_mode", ["deferred", "every tile"])
-@pytest.mark.parametrize("step", NEEDED_STEPS)
-def test_no_step_can_be_left_out(
-    step: str, exchange_mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if step == "weights of the merge" and exchange_mode == "every tile":
-        pytest.skip("after exchanges on every tile both programs have one maximum: no weights")
-    case = Case(planned(ALL, programs=2, exchange=exchange_mode), [900, 333])
-    NEEDED_STEPS[step](monkeypatch)
-    try:
-        error = case.error()
-    except interpreter.NkiError:
-        return  # noticed even before the numbers
-    assert not error < 100 * CLOSE

@@ -71,13 +71,6 @@ def scale_values(products: Any, consts: Constants, group: RowGroup, plan: Kernel
         nisa.tensor_tensor(dst=by_pair, data1=by_pair, data2=every, op=nl.multiply)
 
 
-def fa_rescale_output(bufs: RowBuffers) -> None:
-    """Running output = running output * decay."""
-    for running in bufs.output:
-        decay = bufs.decay[0 : running.shape[0]]
-        nisa.tensor_tensor(dst=running, data1=running, data2=decay, op=nl.multiply)
-
-
 def fa_accumulate_output(products: Any, bufs: RowBuffers, is_first: bool) -> None:
     """Running output = running output + products."""
     for c in range(len(products)):

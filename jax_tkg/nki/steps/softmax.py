@@ -116,6 +116,13 @@ def fa_update_running_sum(total: Any, bufs: RowBuffers, is_first: bool, plan: Ke
     nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=total, op=nl.add)
 
 
+def fa_rescale_output(bufs: RowBuffers) -> None:
+    """Running output = running output * decay."""
+    for running in bufs.output:
+        decay = bufs.decay[0 : running.shape[0]]
+        nisa.tensor_tensor(dst=running, data1=running, data2=decay, op=nl.multiply)
+
+
 def take_part_in_exchanges(bufs: RowBuffers, plan: KernelPlan) -> None:
     """The exchanges of a tile that only the other program has, and what follows from them here."""
     nothing = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
@@ -123,6 +130,4 @@ def take_part_in_exchanges(bufs: RowBuffers, plan: KernelPlan) -> None:
     fa_update_running_max(nothing, bufs, False, plan)
     nisa.memset(dst=nothing, value=0.0)
     fa_update_running_sum(nothing, bufs, False, plan)
-    for running in bufs.output:
-        decay = bufs.decay[0 : running.shape[0]]
-        nisa.tensor_tensor(dst=running, data1=running, data2=decay, op=nl.multiply)
+    fa_rescale_output(bufs)
