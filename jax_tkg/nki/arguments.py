@@ -126,8 +126,8 @@ def kernel_arguments(
         "positions": ops.key_positions,
         "page_rows": page_rows(ops.kv, plan.run) if isinstance(ops.kv, Paged) else None,
         "sinks": _sinks(problem, ops),
-        "hidden": None if ops.mask is None else _cached(~ops.mask, problem).astype(jnp.uint8),
-        "bias": None if ops.bias is None else _cached(ops.bias, problem).astype(jnp.float32),
+        "hidden": None if ops.mask is None else _by_key(~ops.mask, plan).astype(jnp.uint8),
+        "bias": None if ops.bias is None else _by_key(ops.bias, plan).astype(jnp.float32),
     }
     if problem.has_new_kv:
         arrays |= _new_arrays(problem, ops, positions, start, total)
@@ -143,8 +143,17 @@ def kernel_arguments(
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def _cached(dense: Array, problem: AttentionProblem) -> Array:
-    return dense[..., : problem.kv_len]
+def _by_key(dense: Array, plan: "KernelPlan") -> Array:
+    """A dense mask or bias of the cached keys as the kernel takes it: see `Inputs.hidden`."""
+    cached = dense[..., : plan.slots]
+    groups = [g for share in plan.shares for block in share.blocks for g in block.groups]
+    together = groups[0].batches
+    if cached.shape[0] == 1 or any(
+        g.batches != together or g.first_batch % together for g in groups
+    ):
+        together = 1
+    by_group = cached.reshape(-1, together, *cached.shape[1:])
+    return by_group.transpose(0, 4, 1, 2, 3)
 
 
 def _new_arrays(

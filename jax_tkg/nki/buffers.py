@@ -36,8 +36,9 @@ class Inputs(nl.NKIObject):
         rotary_table: of `jax_tkg.nki.rope_call.rotary_table`, where the kernel rotates.
         query_positions: int32 `[B, T]`, positions of the new tokens, likewise.
         sinks: float32 `[B * N * T]`.
-        hidden: uint8 `[B|1, N|1, T|1, S]`, 1 where a dense mask hides a slot.
-        bias: float32 `[B|1, N|1, T|1, S]`, added to the logits.
+        hidden: uint8 `[B|1 / b, S, b, N|1, T|1]`, 1 where a dense mask hides a slot; b is 1, or the
+            sequences of every row group: what a partition reads is then one run.
+        bias: float32 like `hidden`, added to the logits.
         logit_scales: float32 `[B * K]`, scale of the logits of each pair, with its keys' scale.
         value_scales: float32 `[B * K]`, scale of the values of each pair.
         live_counts: int32 `[programs, B, 3]`, how many full, edge and dirty tiles a sequence has.

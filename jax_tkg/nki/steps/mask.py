@@ -37,16 +37,15 @@ def mask_cached(
     if features.has_mask:
         hidden = join_dense(hidden, inputs, place, tile, group, plan)
     heads = hidden.shape[3]
-    together = group.kv_heads * group.queries // heads
     for piece in tile.cached:
         for span in spans_of(piece, logits):
             mine = hidden[:, nl.ds(piece.column + span[3], span[2])]
             part = logits.banks[span[0]][:, nl.ds(span[1], span[2]), :]
+            part = part.reshape_dim(
+                2, (group.batches, group.kv_heads * group.queries, group.tokens)
+            )
             if heads == 1:
-                part = part.reshape_dim(2, (group.batches, together, group.tokens))
-                mine = mine.broadcast(3, together)
-            else:
-                mine = mine.flatten_dims(2, 4)
+                mine = mine.broadcast(3, part.shape[3])
             nisa.tensor_copy_predicated(dst=part, src=MASKED, predicate=mine)
     if not tile.is_dirty:
         return None
@@ -156,23 +155,28 @@ def load_dense(
     plan: KernelPlan,
 ) -> Any:
     """A dense mask or bias of a tile: `[128, columns, b, heads or 1, T]`; `beyond` its keys."""
-    heads = group.kv_heads * group.queries if dense.shape[1] > 1 else 1
-    first = group.first_kv * plan.group + group.first_query if dense.shape[1] > 1 else 0
-    tokens = dense.shape[2]
-    shape = (PARTITIONS, group.batches, heads, tokens, tile.cached_columns)
-    loaded = nl.ndarray(shape, dtype, buffer=nl.sbuf)
+    together = dense.shape[2]
+    heads = group.kv_heads * group.queries if dense.shape[3] > 1 else 1
+    first = group.first_kv * plan.group + group.first_query if dense.shape[3] > 1 else 0
+    tokens = dense.shape[4]
+    columns = tile.cached_columns
+    loaded = nl.ndarray((PARTITIONS, columns, group.batches, heads, tokens), dtype, buffer=nl.sbuf)
+    apart, by_batch = 1, loaded.expand_dim(1)
+    if together < group.batches:
+        shape = (PARTITIONS, group.batches, columns, heads, tokens)
+        apart, loaded = group.batches, nl.ndarray(shape, dtype, buffer=nl.sbuf)
+        by_batch, loaded = loaded.expand_dim(3), loaded.permute((0, 2, 1, 3, 4))
     for piece in tile.cached:
-        p, columns = piece.partitions, nl.ds(piece.column, piece.subtiles)
+        p, part = piece.partitions, nl.ds(piece.column, piece.subtiles)
         slots = nl.ds(place.first_slot + piece.start, piece.keys)
         if p < PARTITIONS:
-            nisa.memset(dst=loaded[:, :, :, :, columns], value=beyond)
-        for b in range(group.batches):
-            batch = group.first_batch + b if dense.shape[0] > 1 else 0
-            mine = dense[batch, nl.ds(first, heads), :, slots]
-            by_key = mine.reshape_dim(2, (p, piece.subtiles)).permute((2, 0, 1, 3))
-            nisa.dma_copy(dst=loaded[0:p, b, :, :, columns], src=by_key)
-    by_column = loaded.permute((0, 4, 1, 2, 3))
-    return by_column.broadcast(4, plan.tokens) if tokens < plan.tokens else by_column
+            nisa.memset(dst=loaded[:, part], value=beyond)
+        for b in range(apart):
+            number = (group.first_batch + b) // together if dense.shape[0] > 1 else 0
+            mine = dense[number, slots, :, nl.ds(first, heads)]
+            by_key = mine.reshape_dim(0, (p, piece.subtiles))
+            nisa.dma_copy(dst=by_batch[0:p, b, part], src=by_key)
+    return loaded.broadcast(4, plan.tokens) if tokens < plan.tokens else loaded
 
 
 def find_unseen(hidden: Any, group: RowGroup) -> Any:
@@ -216,15 +220,14 @@ def add_bias(
         return
     bias = load_dense(inputs.bias, nl.float32, 0.0, place, tile, group, plan)
     heads = bias.shape[3]
-    together = group.kv_heads * group.queries // heads
     for piece in tile.cached:
         for span in spans_of(piece, logits):
             p = piece.partitions
             mine = bias[0:p, nl.ds(piece.column + span[3], span[2])]
             part = logits.banks[span[0]][0:p, nl.ds(span[1], span[2]), :]
+            part = part.reshape_dim(
+                2, (group.batches, group.kv_heads * group.queries, group.tokens)
+            )
             if heads == 1:
-                part = part.reshape_dim(2, (group.batches, together, group.tokens))
-                mine = mine.broadcast(3, together)
-            else:
-                mine = mine.flatten_dims(2, 4)
+                mine = mine.broadcast(3, part.shape[3])
             nisa.tensor_tensor(dst=part, data1=part, data2=mine, op=nl.add)
