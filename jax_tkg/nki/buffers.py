@@ -12,9 +12,6 @@ LOWEST_MAX = -1.0e30
 MASKED = -3.0e38
 """A masked logit; finite, so that no difference of two is NaN."""
 
-BANK_ELEMENTS = 512
-"""Float32 of a partition in a bank of PSUM."""
-
 
 @dataclass
 class Inputs(nl.NKIObject):

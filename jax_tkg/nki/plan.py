@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass
 
 from jax_tkg.nki.dialect import nl
-from jax_tkg.nki.rows import PARTITIONS, RowBlock, blocks_of, row_groups
+from jax_tkg.nki.rows import BANK_ELEMENTS, PARTITIONS, RowBlock, blocks_of, row_groups
 from jax_tkg.nki.tiles import PAGED_RUN, KeyTile, key_tile, key_tiles, paged_run
 
 MAX_KEYS = 8192
 """Keys of a tile: with H = 128 in 16 bits, 16 KiB of keys and of values in each partition."""
 
-LOGIT_ELEMENTS = 2048
-"""Logits of a tile in a partition: in float32, half of PSUM."""
+LOGIT_BANKS = 4
+"""Banks of PSUM for the logits of cached keys in a tile: half of all. Each holds whole columns."""
 
 ONE_TILE_KEYS = 2048
 """A program's part of a cache up to this size is one tile and not a loop over live ones."""
@@ -230,7 +230,7 @@ def make_plan(
         blocks.append(blocks_of(row_groups(*ranges, group, tokens), group, value_head_dim))
     side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
     widest = max(g.rows for groups in side_by_side for g in groups)
-    most = max(1, min(max_keys // PARTITIONS, LOGIT_ELEMENTS // widest))
+    most = max(1, min(max_keys // PARTITIONS, LOGIT_BANKS * (BANK_ELEMENTS // widest)))
     run = paged_run(page_len, most) if page_len else 0
     tiles = _known_tiles(sharding, programs, 0 if is_loop else slots, tokens, most, run, features)
     live = None

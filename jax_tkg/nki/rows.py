@@ -9,7 +9,10 @@ PARTITIONS = 128
 GROUP_ROWS = 128
 """Rows of several pairs in one group: their maxima are transposed together."""
 
-MAX_ROWS = 512
+BANK_ELEMENTS = 512
+"""Float32 of a partition in a bank of PSUM."""
+
+MAX_ROWS = BANK_ELEMENTS
 """Rows of one pair: the columns that a matmul moves."""
 
 BLOCK_ROWS = 256

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from jax_tkg.nki.buffers import BANK_ELEMENTS, MASKED, Constants, Logits, NewKeys, RowBuffers
+from jax_tkg.nki.buffers import MASKED, Constants, Logits, NewKeys, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
-from jax_tkg.nki.rows import PARTITIONS, RowGroup
+from jax_tkg.nki.rows import BANK_ELEMENTS, PARTITIONS, RowGroup
 from jax_tkg.nki.steps.load import key_column
 from jax_tkg.nki.tiles import KeyTile, Piece
 
