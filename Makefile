@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 BIN = $(VENV)/bin
+CLIENTS = $(VENV)-clients
 USABLE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHONS = python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(PYTHONS); do \
@@ -22,12 +23,20 @@ demo: $(VENV)/.models model ## Generate text with a real language model
 	$(BIN)/python examples/generate_text.py
 
 .PHONY: test
-test: $(VENV)/.dev model ## Run the tests, without the large shape grid
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+test: $(VENV)/.dev model ## Run the tests, without the slow ones and the examples
+	$(PYTEST) -m "not slow and not example" $(PYTEST_ARGS)
+
+.PHONY: examples
+examples: $(VENV)/.dev model ## Run the examples and the README on the real model
+	$(PYTEST) -m "example and not slow" $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(VENV)/.dev model ## Run all tests
 	$(PYTEST) $(PYTEST_ARGS)
+
+.PHONY: test-clients
+test-clients: $(CLIENTS)/.clients model ## Run the tests of swapped decoders, in their own environment
+	$(CLIENTS)/bin/python -m pytest -n 2 -m "not slow" tests/clients $(PYTEST_ARGS)
 
 .PHONY: grid
 grid: $(VENV)/.dev ## Run every row of the shape grid through the kernel (hours; resumes)
@@ -42,7 +51,11 @@ lint: $(VENV)/.dev ## Lint, check the format and the types
 # On Linux, the default torch is the CUDA build, of several GB; PIP_ARGS can name another index.
 .PHONY: bench
 bench: $(VENV)/.bench ## Run the benchmarks, torch beside us
-	$(call run-each,benchmarks/*.py)
+	$(call run-each,$(filter-out benchmarks/bench_swap%,$(wildcard benchmarks/*.py)))
+
+.PHONY: bench-clients
+bench-clients: $(CLIENTS)/.clients model ## Time swapped decoders before and after
+	set -e; for script in benchmarks/bench_swap*.py; do $(CLIENTS)/bin/python $$script; done
 
 .PHONY: docs
 docs: $(VENV)/.docs ## Draw the figures of the documentation
@@ -55,7 +68,7 @@ model: $(VENV)/.models ## Get the model file (a download of 93 MB, once)
 
 .PHONY: clean
 clean: ## Remove everything that this file made, but not the model file
-	rm -rf $(VENV) .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(CLIENTS) .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra: installing is repeated only when what it depends on has changed.
@@ -63,10 +76,14 @@ $(VENV)/.models $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: pyproject
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints/dev.txt $(PIP_ARGS) -e '.[$*]'
 	@touch $@
 
-$(VENV)/.created:
+$(CLIENTS)/.clients: pyproject.toml constraints/clients.txt | $(CLIENTS)/.created
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -c constraints/clients.txt $(PIP_ARGS) -e '.[clients,models,test]'
+	@touch $@
+
+$(VENV)/.created $(CLIENTS)/.created: %/.created:
 	@$(or $(PYTHON),false) -c '$(USABLE)' || { \
 	echo 'Needed: Python 3.11 or newer with its venv and ensurepip modules. Tried: $(or $(PYTHON),$(PYTHONS)).'; \
 	echo 'Debian, Ubuntu: apt-get install python3 python3-venv. Elsewhere: make PYTHON=/path/to/python3.11 ...'; \
 	exit 1; } >&2
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv --clear $*
 	@touch $@

@@ -18,6 +18,7 @@ CORE_TESTS = [
     "tests/test_rope.py",
     "tests/test_packaging.py",
     "tests/neuron",
+    "tests/sharding",
 ]
 QUICK = ("-n", "2", "-m", "not slow and not model")
 
@@ -71,7 +72,9 @@ def highest(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All quick tests, and those that need the model, on the pinned versions."""
     session.install("-c", "constraints/dev.txt", "-e", ".[models,test]")
-    session.run("python", "-m", "pytest", "-n", "2", "-m", "not slow", *session.posargs)
+    session.run(
+        "python", "-m", "pytest", "-n", "2", "-m", "not slow and not example", *session.posargs
+    )
 
 
 @nox.session

@@ -278,7 +278,7 @@ def compare(
             split = Counter(times.path_split).most_common(3)
             parts = ", ".join(f"{name} {part / times.total:.0%}" for name, part in split)
             reasons["roofline"] = f"critical path {parts}"
-    return Comparison(row, ours, theirs, share, str(launch.plan), reasons)
+    return Comparison(row, ours, theirs, share, launch.plan.text, reasons)
 
 
 def total(of: Measure, program: Iterable[Instruction]) -> float:

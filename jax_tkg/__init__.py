@@ -13,6 +13,8 @@ from jax_tkg.cache.paged import Paged
 from jax_tkg.cache.paged_cache import PagedKVCache
 from jax_tkg.cache.storage import absmax_scale
 from jax_tkg.generation.api import Generated, generate, stream
+from jax_tkg.generation.draft_model import DraftModel
+from jax_tkg.generation.drafts import PromptLookup
 from jax_tkg.implementations import IMPLEMENTATIONS, Implementation
 from jax_tkg.online.plan import Target
 from jax_tkg.prefill.attention import attention_cte
@@ -20,6 +22,7 @@ from jax_tkg.prefill.segments import segment_key_bounds
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.rope import LinearScaling, Llama3Scaling, RotaryEmbedding
 from jax_tkg.sampling import Greedy, Sample, TokenSelector, argmax_tokens
+from jax_tkg.sharding.spec import AttentionSharding
 from jax_tkg.softmax import SoftmaxState, merge_attention
 
 __version__ = "0.1.0"
@@ -30,6 +33,8 @@ __all__ = [
     "BSKH",
     "IMPLEMENTATIONS",
     "AttentionProblem",
+    "AttentionSharding",
+    "DraftModel",
     "Explanation",
     "Generated",
     "Greedy",
@@ -40,6 +45,7 @@ __all__ = [
     "Llama3Scaling",
     "Paged",
     "PagedKVCache",
+    "PromptLookup",
     "RingKVCache",
     "RotaryEmbedding",
     "Sample",

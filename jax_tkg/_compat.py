@@ -4,6 +4,7 @@ Everything here is about types that carry more than shape and dtype: the shardin
 mesh and the manual axes over which a value varies inside `shard_map`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,12 +12,25 @@ from typing import Any
 import jax
 import numpy as np
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    auto_axes,
+    get_abstract_mesh,
+)
 
 try:
     from jax.sharding import use_abstract_mesh
 except ImportError:  # jax 0.7
     from jax._src.mesh import use_abstract_mesh
+
+try:
+    from jax import reshard
+except ImportError:  # jax 0.7
+    from jax.sharding import reshard
 
 try:  # jax 0.8 and later
     from jax.lax import pcast as _pcast
@@ -39,10 +53,13 @@ def agree_on_varying_axes(arrays: Sequence[Any]) -> list[Any]:
     """Marks every array as varying over the axes that any of them varies over."""
     axes = [varying_axes(jax.typeof(a)) for a in arrays]
     union = frozenset().union(*axes)
-    return [
-        _vary(a, tuple(sorted(union - mine))) if union - mine else a
-        for a, mine in zip(arrays, axes, strict=True)
-    ]
+    return [vary(a, union) for a in arrays]
+
+
+def vary(array: Any, axes: frozenset[str]) -> Any:
+    """Marks an array as varying over these manual axes too."""
+    more = axes - varying_axes(jax.typeof(array))
+    return _vary(array, tuple(sorted(more))) if more else array
 
 
 def like_query(query: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -82,20 +99,80 @@ def partitioned_by_compiler(
     """
     meshes = [s.mesh for s in shardings] + [jax.typeof(a).sharding.mesh for a in arrays]
     mesh = next((m for m in meshes if not m.empty), AbstractMesh((), ()))
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    explicit = explicit_axes(mesh)
     if not explicit:
         return fun(*arrays)
     on_mesh = [NamedSharding(mesh, s.spec) for s in shardings]
     return auto_axes(fun, axes=explicit, out_sharding=on_mesh)(*arrays)
 
 
+def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes whose use types tell."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def has_explicit_axes(array: jax.Array) -> bool:
+    """Whether types on an explicit mesh may tell how arrays are split here."""
+    meshes = (jax.typeof(array).sharding.mesh, get_abstract_mesh())
+    return any(explicit_axes(mesh) for mesh in meshes)
+
+
+def as_split(
+    array: jax.Array, spec: PartitionSpec, axes: Sequence[str], mesh: Mesh | AbstractMesh
+) -> jax.Array:
+    """The array with a type that is split as `spec` over those of these axes that are explicit."""
+    given = jax.typeof(array).sharding
+    used = next((m for m in (given.mesh, get_abstract_mesh()) if not m.empty), mesh)
+    explicit = [name for name in explicit_axes(used) if name in axes]
+    if not explicit:
+        return array
+
+    def names(entry: Any) -> tuple[str, ...]:
+        return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+    entries = [
+        (*(n for n in names(had) if n not in axes), *(n for n in names(want) if n in explicit))
+        for had, want in zip(given.spec, spec, strict=True)
+    ]
+    if entries == [names(had) for had in given.spec] and not given.mesh.empty:
+        return array
+    return reshard(array, NamedSharding(used, PartitionSpec(*(e or None for e in entries))))
+
+
+def mapped_axes() -> frozenset[str]:
+    """The mesh axes that a `shard_map` has made manual here: arrays are those of a device."""
+    return frozenset(get_abstract_mesh().manual_axes)
+
+
+def mesh_to_map(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh | None:
+    """The mesh to give to `shard_map` over some axes of `mesh`: None where one is in use already.
+
+    Raises:
+        ValueError: if another mesh is in use.
+    """
+    used = get_abstract_mesh()
+    if used.empty:
+        return mesh
+    if dict(used.shape) != dict(mesh.shape):
+        raise ValueError(
+            f"the sharding is for the mesh {dict(mesh.shape)}, and the mesh in use is "
+            f"{dict(used.shape)}: make the sharding with that one."
+        )
+    return None
+
+
 def is_auto_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether the compiler may split the arrays of this computation between devices."""
+    return devices_to_partition(ctx) > 1
+
+
+def devices_to_partition(ctx: mlir.LoweringRuleContext) -> int:
+    """Between how many devices the compiler may split the arrays of this computation."""
     axis_context: Any = ctx.module_context.axis_context
     if isinstance(axis_context, mlir.SPMDAxisContext):
         sizes: dict[str, int] = dict(axis_context.mesh.shape)
-        return any(n > 1 for name, n in sizes.items() if name not in axis_context.manual_axes)
+        return math.prod(n for name, n in sizes.items() if name not in axis_context.manual_axes)
     if isinstance(axis_context, mlir.ShardingContext):
-        return int(axis_context.num_devices) > 1
-    return False
+        return int(axis_context.num_devices)
+    return 1

@@ -11,17 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_tkg import _compat
 from jax_tkg._typing import Array, Bool, Float, Int, Num
 from jax_tkg.cache.kv_cache import KVCache
 from jax_tkg.cache.layouts import BSKH, KVLayout
 from jax_tkg.cache.storage import Scale, head_scale
-from jax_tkg.implementations import Choice, Implementation, candidates, choose
+from jax_tkg.choice import Choice, choose
+from jax_tkg.implementations import Implementation, candidates
 from jax_tkg.masks import default_query_positions
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.primitive import attend
 from jax_tkg.problem import AttentionProblem, Op, check_host_integers, make_problem
 from jax_tkg.rope import RotaryEmbedding
+from jax_tkg.sharding.attend import attend_on_mesh
+from jax_tkg.sharding.division import Division, divide
+from jax_tkg.sharding.placement import divide_here, sharding_of_types
+from jax_tkg.sharding.spec import AttentionSharding
 
 ImplementationLike = str | Implementation | Sequence[str | Implementation] | None
 Rows = Int[Array, " B"] | Sequence[int] | np.ndarray | int | None
@@ -49,6 +55,7 @@ def attention_tkg(
     v_scale: Scale = None,
     rope: RotaryEmbedding | None = None,
     return_residual: bool = False,
+    sharding: AttentionSharding | None = None,
     implementation: ImplementationLike = None,
 ) -> Any:
     """Attention of a few new tokens per sequence to a long KV cache and to themselves.
@@ -95,6 +102,9 @@ def attention_tkg(
         v_scale: likewise for values.
         rope: rotates the query and `new_key` at the new tokens' positions before they are used.
         return_residual: also return the log-sum-exp.
+        sharding: how the call lies on a mesh: each device attends to its part of the batch, heads
+            and slots, and parts of a row are merged. By default the cache's own. Arrays have their
+            global shapes; inside a `jax.shard_map` over all axes that it names, a device's.
         implementation: None tries what fits the platform, in order; a name ("xla", "reference") or
             an `Implementation` uses that one or raises; a sequence is tried in order. See
             `explain`.
@@ -110,13 +120,15 @@ def attention_tkg(
         TypeError: a dtype that cannot be used.
         NotImplementedError: the implementation asked for cannot do this case; with its reason.
         ExceptionGroup: none of several can.
+
+    Warns:
+        UserWarning: if every device has the whole cache and the sharding splits it.
     """
     arguments = dict(locals())
     return_residual, tried = arguments.pop("return_residual"), candidates(implementation, Op.TKG)
-    del arguments["implementation"]
+    del arguments["implementation"], arguments["sharding"]
     call = prepare(**arguments)
-    choose(call.problem, Target(platforms=()), tried).require()
-    out, lse = attend(call.problem, tried, call.operands)
+    out, lse = run(call, tried, sharding_of(sharding, key))
     results = (out, *((lse,) * return_residual), *((call.operands.new_key,) * (rope is not None)))
     return results if len(results) > 1 else out
 
@@ -128,6 +140,8 @@ class Explanation:
     Attributes:
         platform: as JAX names it.
         problem: what is to be computed.
+        division: on a mesh, what each device does of it and how the parts are merged, as far as
+            the call or types on an explicit mesh say; None otherwise.
         implementation: name of the one that runs, None if none can.
         plan: how it does it; printable.
         rejected: pairs (name, reason) of those tried before.
@@ -135,13 +149,17 @@ class Explanation:
 
     platform: str
     problem: AttentionProblem
+    division: Division | None
     implementation: str | None
     plan: object
     rejected: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         """A few lines to read."""
-        lines = [f"{self.problem}", f"on {self.platform}: {self.implementation or 'none can'}"]
+        lines = [f"{self.problem}"]
+        if self.division is not None:
+            lines.append(f"{self.division}")
+        lines.append(f"on {self.platform}: {self.implementation or 'none can'}")
         if self.plan is not None:
             lines.append(f"  {self.plan}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
@@ -174,7 +192,7 @@ def explain(
     target = Target(platforms=(platform,))
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [isinstance(x, jax.ShapeDtypeStruct | jax.Array) for x in leaves]
-    problems: list[AttentionProblem] = []
+    found: list[tuple[AttentionProblem, Division | None]] = []
 
     def trace(arrays: list[Array]) -> None:
         given = iter(arrays)
@@ -183,15 +201,20 @@ def explain(
         call_kwargs.pop("return_residual", None)
         names = ("query", "key", "value", "bias", "mask")
         given_args = dict(zip(names, call_args, strict=False))
-        problems.append(prepare(op=op, **given_args, **call_kwargs).problem)
+        sharding = sharding_of(call_kwargs.pop("sharding", None), (given_args | call_kwargs)["key"])
+        call = prepare(op=op, **given_args, **call_kwargs)
+        found.append((call.problem, divided(call, tried, sharding)))
 
     jax.eval_shape(trace, [x for a, x in zip(is_array, leaves, strict=True) if a])
-    choice: Choice = choose(problems[0], target, tried)
+    ((problem, division),) = found
+    local = problem if division is None else division.local
+    choice: Choice[Implementation] = choose(local, target, tried)
     return Explanation(
         platform=platform,
-        problem=problems[0],
+        problem=problem,
+        division=division,
         implementation=choice.chosen.name if choice.chosen else None,
-        plan=choice.chosen.plan(problems[0], target) if choice.chosen else None,
+        plan=choice.chosen.plan(local, target) if choice.chosen else None,
         rejected=choice.rejected,
     )
 
@@ -201,6 +224,42 @@ class Call(NamedTuple):
 
     problem: AttentionProblem
     operands: Operands
+
+
+def run(
+    call: Call, tried: tuple[Implementation, ...], sharding: AttentionSharding | None
+) -> tuple[Array, ...]:
+    """The results of a call, with the first of `tried` that can do it."""
+    division = divided(call, tried, sharding)
+    local = call.problem if division is None else division.local
+    choose(local, Target(platforms=()), tried).require()
+    if division is None:
+        return attend(call.problem, tried, call.operands)
+    return attend_on_mesh(division, tried, call.operands)
+
+
+def divided(
+    call: Call, tried: tuple[Implementation, ...], sharding: AttentionSharding | None
+) -> Division | None:
+    """What each device does of a call, as is said or, where that is needed, as types tell.
+
+    It is needed where slots are split, of which the compiler would gather tiles, and where none of
+    `tried` lets the compiler partition it.
+    """
+    problem, ops = call
+    if sharding is not None:
+        return divide_here(call.problem, ops.kv, sharding)
+    if not _compat.has_explicit_axes(ops.query):
+        return None
+    partitioned = Target(platforms=(), auto_partitioned=True)
+    is_opaque = choose(problem, partitioned, tried).chosen is None
+    found = sharding_of_types(ops)
+    return None if found is None or not (found.keys or is_opaque) else divide(problem, found)
+
+
+def sharding_of(given: AttentionSharding | None, key: Any) -> AttentionSharding | None:
+    """The sharding given, or a cache's own."""
+    return key.sharding if given is None and isinstance(key, KVCache) else given
 
 
 def prepare(

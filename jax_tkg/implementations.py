@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from jax_tkg import choice
 from jax_tkg._typing import Array
+from jax_tkg.lnc.implementation import XlaLnc
 from jax_tkg.nki.cte.implementation import NkiPrefill, NkiPrefillInterpret
 from jax_tkg.nki.implementation import Nki, NkiInterpret
 from jax_tkg.online.blocks import attend_blocks
+from jax_tkg.online.parts import attend_parts
 from jax_tkg.online.plan import Form, Target, make_plan
 from jax_tkg.online.rows import attend_rows
 from jax_tkg.operands import Operands
@@ -47,6 +50,9 @@ class Implementation(Protocol):
         """
 
 
+_FORMS = {Form.ROWS: attend_rows, Form.BLOCKS: attend_blocks, Form.PARTS: attend_parts}
+
+
 @dataclass(frozen=True)
 class OnlineSoftmax:
     """The pure-JAX online softmax over tiles of keys: every decode problem, every platform."""
@@ -67,8 +73,7 @@ class OnlineSoftmax:
     def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
         """Runs the form that the plan chose."""
         plan = make_plan(problem, target)
-        attend = attend_rows if plan.form is Form.ROWS else attend_blocks
-        return attend(problem, ops, plan)
+        return _FORMS[plan.form](problem, ops, plan)
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,9 @@ class Reference:
     name: str = "reference"
 
     def why_not(self, problem: AttentionProblem, target: Target) -> str | None:
-        """It can always do it."""
-        del problem, target
-        return None
+        """Only that it has no tiles."""
+        del target
+        return "it has no tiles on which to exchange anything" if problem.exchange else None
 
     def plan(self, problem: AttentionProblem, target: Target) -> object:
         """One sentence."""
@@ -97,13 +102,14 @@ XLA = OnlineSoftmax()
 REFERENCE = Reference()
 NKI = Nki()
 NKI_INTERPRET = NkiInterpret()
+XLA_LNC = XlaLnc()
 
 PREFILL_XLA = TiledPrefill()
 PREFILL_NKI = NkiPrefill()
 PREFILL_NKI_INTERPRET = NkiPrefillInterpret()
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    i.name: i for i in (NKI, XLA, REFERENCE, NKI_INTERPRET)
+    i.name: i for i in (NKI, XLA, REFERENCE, NKI_INTERPRET, XLA_LNC)
 }
 """Every implementation of `attention_tkg` that can be named."""
 
@@ -125,68 +131,5 @@ def candidates(
     implementation: "str | Implementation | Sequence[str | Implementation] | None",
     op: Op,
 ) -> tuple[Implementation, ...]:
-    """Reads `implementation=`: None, a name, an Implementation, or a sequence of those.
-
-    Raises:
-        ValueError: for an unknown name or an empty sequence.
-        TypeError: for anything else.
-    """
-    if implementation is None:
-        return TRIED_BY_DEFAULT[op]
-    if isinstance(implementation, str) or not isinstance(implementation, Sequence):
-        implementation = (implementation,)
-    if not implementation:
-        raise ValueError("implementation is an empty sequence; leave it out to try the defaults.")
-    return tuple(_named(i, op) for i in implementation)
-
-
-def _named(implementation: "str | Implementation", op: Op) -> Implementation:
-    if isinstance(implementation, Implementation):
-        return implementation
-    if not isinstance(implementation, str):
-        raise TypeError(
-            f"implementation must be None, a name, an Implementation, or a sequence of these; "
-            f"got {implementation!r}."
-        )
-    if implementation not in _NAMED[op]:
-        known = ", ".join(repr(n) for n in _NAMED[op])
-        raise ValueError(f"unknown implementation {implementation!r}; there are {known}.")
-    return _NAMED[op][implementation]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs, and why what came before it did not.
-
-    Attributes:
-        chosen: the implementation, None if none can do it.
-        rejected: pairs (name, reason) in the order tried.
-    """
-
-    chosen: Implementation | None
-    rejected: tuple[tuple[str, str], ...]
-
-    def require(self) -> Implementation:
-        """The chosen implementation.
-
-        Raises:
-            NotImplementedError: if the only one asked for cannot do the case; with its reason.
-            ExceptionGroup: of NotImplementedErrors, if none of several can.
-        """
-        if self.chosen is not None:
-            return self.chosen
-        errors = [NotImplementedError(f"{name}: {reason}") for name, reason in self.rejected]
-        if len(errors) == 1:
-            raise errors[0]
-        raise ExceptionGroup("no implementation can do this attention call", errors)
-
-
-def choose(problem: AttentionProblem, target: Target, tried: Sequence[Implementation]) -> Choice:
-    """The first of `tried` that can do the problem on the target."""
-    rejected: list[tuple[str, str]] = []
-    for implementation in tried:
-        reason = implementation.why_not(problem, target)
-        if reason is None:
-            return Choice(implementation, tuple(rejected))
-        rejected.append((implementation.name, reason))
-    return Choice(None, tuple(rejected))
+    """Reads `implementation=` of an op; see `jax_tkg.choice.candidates`."""
+    return choice.candidates(implementation, _NAMED[op], TRIED_BY_DEFAULT[op], Implementation)

@@ -30,6 +30,8 @@ class Operands:
             behind the last.
         alibi_slopes: float32 `[B|1, N]`: `-slope * |query position - key position|` is added to the
             logits, with the bias.
+        new_seen: bool `[B]`, whether a row's keys beside the cache are seen at all: of the devices
+            that share a row one counts them. None where they are.
 
     S' covers the keys a query can see: S, or S + T with the new keys last when they are beside.
     """
@@ -47,6 +49,7 @@ class Operands:
     sinks: Leaf | None = None
     key_bounds: Leaf | None = None
     alibi_slopes: Leaf | None = None
+    new_seen: Leaf | None = None
 
 
 jax.tree_util.register_dataclass(
@@ -62,6 +65,7 @@ _PER_ROW = (
     "query_positions",
     "key_positions",
     "key_bounds",
+    "new_seen",
 )
 _PER_ROW_OR_SHARED = ("mask", "bias", "sinks", "alibi_slopes")
 _HEAD_AXIS = {"query": 2, "mask": 1, "bias": 1, "sinks": 1, "alibi_slopes": 1}

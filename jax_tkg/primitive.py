@@ -18,7 +18,8 @@ from jax.interpreters import batching, mlir
 
 from jax_tkg import _compat
 from jax_tkg._typing import Array
-from jax_tkg.implementations import Implementation, choose
+from jax_tkg.choice import choose
+from jax_tkg.implementations import Implementation
 from jax_tkg.online.backward import attention_backward
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import (
@@ -39,8 +40,8 @@ def bind(
     """The op's primitive on a problem's operands.
 
     Returns:
-        Output in the query's dtype and log-sum-exp; of a problem that is not normalised, output,
-        maximum and sum in float32.
+        Output in the problem's `out_dtype` and log-sum-exp; of a problem that is not normalised,
+        output, maximum and sum in float32.
     """
     leaves, tree = jax.tree.flatten(ops)
     primitive = _PRIMITIVES[problem.op]
@@ -54,8 +55,7 @@ def _abstract_eval(*leaves: Any, tree: Any, problem: AttentionProblem, **_: Any)
     query = jax.tree.unflatten(tree, leaves).query
     rows = query.shape[:3]
     float32 = np.dtype(np.float32)
-    dtype = problem.query_dtype if problem.normalize else float32
-    out = _compat.like_query(query, (*rows, problem.value_head_dim), dtype)
+    out = _compat.like_query(query, (*rows, problem.value_head_dim), problem.out_dtype)
     of_rows = _compat.like_query(query, rows, float32)
     return (out, of_rows) if problem.normalize else (out, of_rows, of_rows)
 
@@ -92,14 +92,15 @@ def _run_chosen(
 ) -> tuple[Array, ...]:
     with jax.named_scope(f"{problem.op}[{chosen.name}]"), _compat.no_explicit_mesh():
         out, *of_rows = chosen.run(problem, jax.tree.unflatten(tree, leaves), target)
-        return out.astype(problem.query_dtype if problem.normalize else np.float32), *of_rows
+        return out.astype(problem.out_dtype), *of_rows
 
 
 def _lower(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
     # Partitioning has no rule of its own: inside shard_map a device's shard arrives here, elsewhere
     # the compiler splits what it can see into. A kernel is opaque to it, and refuses that target.
     platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-    target = Target(platforms, auto_partitioned=_compat.is_auto_partitioned(ctx))
+    devices = _compat.devices_to_partition(ctx)
+    target = Target(platforms, auto_partitioned=devices > 1, devices=devices)
     lower = mlir.lower_fun(partial(_run, target=target), multiple_results=True)
     # The body is traced without explicit shardings: the compiler propagates those of the operands.
     plain = ctx.replace(avals_in=[_compat.without_sharding(a) for a in ctx.avals_in])

@@ -59,6 +59,9 @@ class AttentionProblem:
         has_alibi: each head has a slope of a bias linear in the distance.
         normalize: the results are output and log-sum-exp; otherwise the output before the division,
             the reference of the exponentials and their sum (see `SoftmaxState`).
+        is_part: the keys are some of those of the row: the output stays float32, to be merged.
+        exchange: mapped axes whose devices have the row's other keys, and with which the running
+            maximum is exchanged on every tile.
     """
 
     op: Op
@@ -85,6 +88,14 @@ class AttentionProblem:
     has_key_bounds: bool
     has_alibi: bool
     normalize: bool
+    is_part: bool = False
+    exchange: tuple[str, ...] = ()
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        """Dtype of the output: the query's, or float32 where it is divided or merged later."""
+        is_final = self.normalize and not self.is_part
+        return self.query_dtype if is_final else np.dtype(np.float32)
 
     @property
     def group(self) -> int:
@@ -139,6 +150,7 @@ class AttentionProblem:
             "ALiBi": self.has_alibi,
             f"soft cap {self.logits_soft_cap}": self.logits_soft_cap is not None,
             "unnormalised": not self.normalize,
+            "part of a row": self.is_part,
         }
         used = ", ".join(name for name, on in features.items() if on)
         return f"{sizes} {self.query_dtype.name} on {self.kv.dtype.name} {self.kv.name}: {used}"

@@ -31,7 +31,8 @@ def attend_reference(problem: AttentionProblem, ops: Operands) -> tuple[Array, .
         keys = jnp.concatenate([keys, ops.new_key.astype(jnp.float32)], 1)
         values = jnp.concatenate([values, ops.new_value.astype(jnp.float32)], 1)
         position = jnp.concatenate([position, query_at], 1)
-        live = jnp.concatenate([live, query_at < total[:, None]], 1)
+        new_seen = True if ops.new_seen is None else ops.new_seen[:, None]
+        live = jnp.concatenate([live, (query_at < total[:, None]) & new_seen], 1)
     start = 0 if ops.starts is None else ops.starts[:, None]
     live &= (position >= 0) & (position >= start)
     k_at, q_at = position[:, None, :], query_at[:, :, None]  # against [B, T, S]

@@ -7,14 +7,16 @@ trip count. The largest logits are found by bisection, random choice is a Gumbel
 
 import dataclasses
 import math
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_tkg._typing import Array, Bool, Float, Int, Key, Shaped
+from jax_tkg._typing import Array, Bool, Float, Int, Key, Leaf, Shaped
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -139,10 +141,9 @@ class Sample:
         """
         if key is None:
             raise ValueError("Sample: needs a random key, got None; pass key=jax.random.key(0).")
-        ranked, scaled, live = self._scale(logits)
-        # The token whose exponential waiting time, at a rate equal to its weight, ends first.
-        race = scaled - jnp.log(_exponential(key, logits.shape))
-        return argmax_tokens(jnp.where(self._filter(ranked, scaled, live), race, -jnp.inf))
+        ranked, scaled, live = _scale(logits, self.temperature)
+        kept = self._filter(ranked, scaled, live)
+        return _race(scaled, kept, _exponential(key, logits.shape))
 
     def kept(self, logits: Float[Array, "B V"]) -> Bool[Array, "B V"]:
         """The tokens that can be drawn.
@@ -156,18 +157,7 @@ class Sample:
         Raises:
             ValueError: `logits` is not a float `[B, V]` array with V >= 1.
         """
-        return self._filter(*self._scale(logits))
-
-    def _scale(
-        self, logits: Float[Array, "B V"]
-    ) -> tuple[Float[Array, "B V"], Float[Array, "B V"], Bool[Array, "B V"]]:
-        """Finite float32 logits, the same scaled with maximum 0, and where they are not -inf."""
-        _check_logits(logits)
-        logits = logits.astype(jnp.float32)
-        live = logits > -jnp.inf  # False for NaN.
-        ranked = jnp.where(live, jnp.minimum(logits, _LARGEST), -_LARGEST)
-        scaled = (ranked - jnp.max(ranked, axis=-1, keepdims=True)) / self.temperature
-        return ranked, scaled, live
+        return self._filter(*_scale(logits, self.temperature))
 
     def _filter(
         self, ranked: Float[Array, "B V"], scaled: Float[Array, "B V"], live: Bool[Array, "B V"]
@@ -175,15 +165,172 @@ class Sample:
         kept = live
         # Ranks come from the unscaled logits: scaling keeps their order but may round two together.
         if self.top_k is not None and self.top_k < ranked.shape[-1]:
-            ones = jnp.ones_like(ranked)
-            kept &= _fewest(ranked, ones, jnp.full(ranked.shape[:1], self.top_k, jnp.float32))
+            kept &= _most_likely(ranked, jnp.full(ranked.shape[:1], self.top_k, jnp.float32))
         if self.top_p is not None and self.top_p < 1:
-            weights = jnp.where(kept, jnp.exp(scaled), 0.0)
-            fraction = max(self.top_p, _SMALLEST_NORMAL)
-            kept &= _fewest(ranked, weights, fraction * jnp.sum(weights, axis=-1))
+            kept &= _nucleus(ranked, scaled, kept, max(self.top_p, _SMALLEST_NORMAL))
         if self.min_p is not None and self.min_p > 0:
             kept &= scaled >= math.log(self.min_p)
         return kept
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "log_min_p"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSelection:
+    """A `Greedy` or `Sample` for each row, as arrays: one compiled program for any mixture.
+
+    Row b gets the token that its own selector chooses for it alone. All filters are computed for
+    every row, also where they keep everything.
+
+    Attributes:
+        temperature: float32 `[B]`; 0 for a greedy row.
+        top_k: float32 `[B]`, infinite to keep all.
+        top_p: float32 `[B]`, above 1 to keep all.
+        log_min_p: float32 `[B]`, -inf to keep all.
+    """
+
+    temperature: Leaf
+    top_k: Leaf
+    top_p: Leaf
+    log_min_p: Leaf
+
+    @classmethod
+    def of(cls, selectors: Sequence["Greedy | Sample"]) -> Self:
+        """NumPy arrays of the settings of B selectors."""
+        rows = [_as_numbers(selector) for selector in selectors]
+        return cls(*np.array(rows, np.float32).reshape(len(rows), 4).T)
+
+    def __call__(
+        self, logits: Float[Array, "B V"], words: Shaped[Array, "B 4"]
+    ) -> Int[Array, " B"]:
+        """Chooses one token for each row.
+
+        Args:
+            logits: Float `[B, V]`.
+            words: uint32 `[B, 4]`, the state of an `unsafe_rbg` key for each row
+                (`jax.random.wrap_key_data(words[b], impl="unsafe_rbg")`): the random numbers of a
+                row depend on nothing else, so not on the rows beside it.
+
+        Returns:
+            int32 `[B]`; 0 for a row of nothing but -inf and NaN.
+
+        Raises:
+            ValueError: `logits` is not a float `[B, V]` array with V >= 1.
+        """
+        ranked, scaled, live = _scale(logits, self._positive_temperature())
+        kept = self._filter(ranked, scaled, live)
+
+        def noise(words: Shaped[Array, " 4"]) -> Float[Array, " V"]:
+            # vmap would make one stream of bits for all rows: each row gets its own, in a loop.
+            key = jax.random.wrap_key_data(words, impl="unsafe_rbg")
+            return _exponential(key, logits.shape[1:])
+
+        sampled = _race(scaled, kept, lax.map(noise, words))
+        return jnp.where(self.temperature > 0, sampled, argmax_tokens(logits))
+
+    def kept(self, logits: Float[Array, "B V"]) -> Bool[Array, "B V"]:
+        """The tokens that can be drawn, boolean `[B, V]`; of a greedy row, as at temperature 1."""
+        return self._filter(*_scale(logits, self._positive_temperature()))
+
+    def _positive_temperature(self) -> Float[Array, "B 1"]:
+        return jnp.where(self.temperature > 0, self.temperature, 1.0)[:, None]
+
+    def _filter(
+        self, ranked: Float[Array, "B V"], scaled: Float[Array, "B V"], live: Bool[Array, "B V"]
+    ) -> Bool[Array, "B V"]:
+        every = jnp.float32(ranked.shape[-1])
+        kept = live & _most_likely(ranked, jnp.minimum(self.top_k, every))
+        top_p = jnp.asarray(self.top_p)
+        kept &= _nucleus(ranked, scaled, kept, top_p) | (top_p > 1)[:, None]
+        return kept & (scaled >= self.log_min_p[:, None])
+
+
+def _as_numbers(selector: Greedy | Sample) -> tuple[float, float, float, float]:
+    if isinstance(selector, Greedy):
+        return 0.0, math.inf, 2.0, -math.inf
+    top_k = math.inf if selector.top_k is None else selector.top_k
+    top_p = 1.0 if selector.top_p is None else max(selector.top_p, _SMALLEST_NORMAL)
+    log_min_p = math.log(selector.min_p) if selector.min_p else -math.inf
+    return selector.temperature, top_k, top_p if top_p < 1 else 2.0, log_min_p
+
+
+def log_probabilities(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B n"]
+) -> Float[Array, "B n"]:
+    """Log softmax of each row at the given tokens, float32 `[B, n]`; of the logits as given.
+
+    Args:
+        logits: Float `[B, V]`.
+        tokens: int32 `[B, n]`.
+
+    Raises:
+        ValueError: `logits` is not a float `[B, V]` array with V >= 1.
+    """
+    _check_logits(logits)
+    wide = logits.astype(jnp.float32)
+    largest = jnp.max(wide, axis=-1, keepdims=True)
+    log_sum = jnp.log(jnp.sum(jnp.exp(wide - largest), axis=-1, keepdims=True))
+    return jnp.take_along_axis(wide, tokens, axis=-1, mode="clip") - largest - log_sum
+
+
+def most_likely_tokens(logits: Float[Array, "B V"], count: int) -> Int[Array, "B count"]:
+    """The `count` largest logits of each row, largest first, ties by lower index: int32 ids.
+
+    For a few: it is `count` times `argmax_tokens`.
+
+    Args:
+        logits: Float `[B, V]`.
+        count: static, 0 to V.
+
+    Raises:
+        ValueError: `logits` is not a float `[B, V]` array with V >= 1.
+    """
+    _check_logits(logits)
+    index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+
+    def take(left: Array, _: None) -> tuple[Array, Array]:
+        token = argmax_tokens(left)
+        return jnp.where(index == token[:, None], -jnp.inf, left), token
+
+    _, tokens = lax.scan(take, logits, length=count)
+    return tokens.T
+
+
+def _scale(
+    logits: Float[Array, "B V"], temperature: float | Float[Array, "B 1"]
+) -> tuple[Float[Array, "B V"], Float[Array, "B V"], Bool[Array, "B V"]]:
+    """Finite float32 logits, the same scaled with maximum 0, and where they are not -inf."""
+    _check_logits(logits)
+    logits = logits.astype(jnp.float32)
+    live = logits > -jnp.inf  # False for NaN.
+    ranked = jnp.where(live, jnp.minimum(logits, _LARGEST), -_LARGEST)
+    scaled = (ranked - jnp.max(ranked, axis=-1, keepdims=True)) / temperature
+    return ranked, scaled, live
+
+
+def _race(
+    scaled: Float[Array, "B V"], kept: Bool[Array, "B V"], times: Float[Array, "B V"]
+) -> Int[Array, " B"]:
+    """The kept token whose exponential waiting time, at a rate equal to its weight, ends first."""
+    return argmax_tokens(jnp.where(kept, scaled - jnp.log(times), -jnp.inf))
+
+
+def _most_likely(ranked: Float[Array, "B V"], count: Float[Array, " B"]) -> Bool[Array, "B V"]:
+    return _fewest(ranked, jnp.ones_like(ranked), count)
+
+
+def _nucleus(
+    ranked: Float[Array, "B V"],
+    scaled: Float[Array, "B V"],
+    kept: Bool[Array, "B V"],
+    fraction: float | Float[Array, " B"],
+) -> Bool[Array, "B V"]:
+    """The fewest tokens that have this fraction of the probability of the kept ones."""
+    weights = jnp.where(kept, jnp.exp(scaled), 0.0)
+    return _fewest(ranked, weights, fraction * jnp.sum(weights, axis=-1))
 
 
 def _fewest(

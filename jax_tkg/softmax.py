@@ -53,7 +53,10 @@ class SoftmaxState:
         )
 
     def update(
-        self, logits: Float[Array, "..."], weigh_values: Callable[[Array], Array]
+        self,
+        logits: Float[Array, "..."],
+        weigh_values: Callable[[Array], Array],
+        agree: Callable[[Array], Array] | None = None,
     ) -> "SoftmaxState":
         """Folds in more keys.
 
@@ -61,9 +64,12 @@ class SoftmaxState:
             logits: float32, `rows` with the keys on `key_axis`; -inf where a key is not visible.
             weigh_values: maps `exp(logits - max)`, of the logits' shape, to its product with the
                 values of these keys, float32 `[*rows, Hv]`.
+            agree: maps the new maximum to one that is not lower: that of all devices.
         """
         logits = jnp.minimum(logits, HIGHEST)  # +inf would give inf - inf
         new_max = jnp.maximum(self.max, jnp.max(logits, axis=self.key_axis))
+        if agree is not None:
+            new_max = agree(new_max)
         weights = jnp.exp(logits - jnp.expand_dims(new_max, self.key_axis))
         decay = jnp.exp(self.max - new_max)
         return SoftmaxState(

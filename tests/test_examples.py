@@ -33,6 +33,7 @@ def test_custom_loop() -> None:
     assert "NOT" not in done.stdout
 
 
+@pytest.mark.example
 @pytest.mark.model
 def test_generate_text_reproduces_the_known_ids() -> None:
     done = run("generate_text.py", "--max-new-tokens", "3")

@@ -147,7 +147,7 @@ def test_runtime_dependencies(project):
 
 def test_extras(project):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"bench", "dev", "docs", "models", "neuron", "test"}
+    assert set(extras) == {"bench", "clients", "dev", "docs", "models", "neuron", "test"}
 
 
 def test_every_requirement_is_a_range(requirements):
@@ -155,11 +155,16 @@ def test_every_requirement_is_a_range(requirements):
         assert set(bounds(requirement)) == {">=", "<"}, requirement
 
 
-def test_pinned_versions_are_in_range(requirements):
-    pinned = pins("dev.txt")
-    for requirement in requirements:
-        if requirement.name != "jax-neuronx":  # Not installable from the index of the others.
-            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+def test_pinned_versions_are_in_range(project):
+    """Of each extra, in the environment that it is tested in."""
+    extras = {"": project["dependencies"]} | project["optional-dependencies"]
+    for extra, lines in extras.items():
+        pinned = pins("clients.txt" if extra == "clients" else "dev.txt")
+        for requirement in map(Requirement, lines):
+            # Not installable from the index of the others; and this project itself.
+            if requirement.name not in ("jax-neuronx", project["name"]):
+                version = pinned[canonicalize_name(requirement.name)]
+                assert requirement.specifier.contains(version), requirement
 
 
 def test_lowest_pins_are_the_lower_bounds(project):

@@ -21,13 +21,14 @@ def test_there_are_examples() -> None:
 
 
 def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    run([b for b in BLOCKS if "smollm2_path" not in b])
+    run([b for b in BLOCKS if "tokenizer" not in b])
     printed = capsys.readouterr().out
     assert "(2, 1, 8, 64)" in printed
     assert "on cpu: xla" in printed
 
 
+@pytest.mark.example
 @pytest.mark.model
 def test_model_example_writes_text(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["import jax_tkg\n", *[b for b in BLOCKS if "smollm2_path" in b]])
+    run(["import jax_tkg\n", *[b for b in BLOCKS if "tokenizer" in b]])
     assert "Paris" in capsys.readouterr().out

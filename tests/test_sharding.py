@@ -119,6 +119,9 @@ def test_operands_sharded_unlike_each_other(
         results, found = quickly(attend)(*split), quickly(gradient(attend))(*split)
         assert_close(results, exact(arrays))
         assert_close(found, gradients[kv_heads])
+        if specs is BY_SLOTS:  # parts are merged: nothing is gathered, forward or backward
+            assert collectives(attend, *split) == {"all-reduce"}
+            assert collectives(gradient(attend), *split) == {"all-reduce"}
         if kind == "explicit":
             for x, spec in zip((results[0], *found), (specs[0], *specs), strict=False):
                 assert P(*jax.typeof(x).sharding.spec[: len(spec)]) == spec

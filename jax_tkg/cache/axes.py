@@ -42,17 +42,18 @@ def _starts_and_sizes(
 
 
 def write_rows(array: Array, axes: str, new: Array, slots: Array, keep: Array) -> Array:
-    """Writes `new [B, T, K, H]` into `array`, a block of T <= S slots per row.
+    """Writes `new [B, T, K, H]` into `array`, one block of at most T slots per row.
 
     Token t of row b goes to slot `slots[b] + t` where `keep[b, t]`, and nowhere if that is outside.
     The old block is read and merged into the written one, so the write depends on the read and XLA
     keeps the update in place.
     """
     num_tokens, num_slots = new.shape[1], array.shape[axes.index("S")]
+    size = min(num_tokens, num_slots)
 
     def write_row(b: Array, array: Array) -> Array:
-        base = jnp.clip(slots[b], 0, num_slots - num_tokens)
-        token = jnp.arange(num_tokens, dtype=jnp.int32) + base - slots[b]
+        base = jnp.clip(slots[b], 0, num_slots - size)
+        token = jnp.arange(size, dtype=jnp.int32) + base - slots[b]
         inside = (token >= 0) & (token < num_tokens)
         token = jnp.clip(token, 0, num_tokens - 1)
         row = lax.dynamic_index_in_dim(new, b, 0)
@@ -60,7 +61,7 @@ def write_rows(array: Array, axes: str, new: Array, slots: Array, keep: Array) -
         inside &= jnp.take(keep[b], token, mode="clip")
         starts = [jnp.asarray({"B": b, "S": base}.get(a, 0), jnp.int32) for a in axes]
         old = lax.dynamic_slice(array, starts, block.shape)
-        shape = [num_tokens if a == "S" else 1 for a in axes]
+        shape = [size if a == "S" else 1 for a in axes]
         return lax.dynamic_update_slice(array, jnp.where(inside.reshape(shape), block, old), starts)
 
     return lax.fori_loop(0, new.shape[0], write_row, array)

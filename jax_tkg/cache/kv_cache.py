@@ -7,7 +7,7 @@ before the write would force a copy.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_tkg._typing import Array, Bool, Int, Leaf, Num
+from jax_tkg.cache import sharded
 from jax_tkg.cache.layouts import BKSH, DENSE_LAYOUTS, DenseLayout, KVLayout
 from jax_tkg.cache.storage import CACHE_DTYPES, Scale, cpu_needs_bits, head_scale, stored_dtype
+from jax_tkg.cache.writing import Writer, WriterLike, choose_writer, write, writers
+from jax_tkg.choice import Choice
 from jax_tkg.masks import NO_POSITION
+from jax_tkg.sharding.spec import AttentionSharding
+
+register_cache = partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kv", "lengths", "starts"],
+    meta_fields=["sharding"],
+)
+"""Makes a cache dataclass a pytree whose sharding is static."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kv", "lengths", "starts"], meta_fields=[])
+@register_cache
 @dataclass(frozen=True)
 class KVCache:
     """A contiguous cache in which slot s of a row holds its token at position s.
@@ -29,11 +40,18 @@ class KVCache:
         kv: keys and values in their layout.
         lengths: int32 `[B]`, tokens appended to each row.
         starts: int32 `[B]`, first live position of each row (left padding is before it).
+        sharding: how the cache lies on a mesh; None for one on a single device, and for arrays on
+            an explicit mesh, whose types tell it. Whatever is done to the cache, each device does
+            it to its own shard and needs nothing of the others'.
     """
 
     kv: KVLayout
     lengths: Leaf
     starts: Leaf
+    sharding: AttentionSharding | None = None
+
+    splittable: ClassVar[str] = "BKS"
+    """Letters of the axes that a mesh can split."""
 
     @classmethod
     def create(
@@ -49,6 +67,7 @@ class KVCache:
         k_scale: Scale = None,
         v_scale: Scale = None,
         as_bits: bool | None = None,
+        sharding: AttentionSharding | None = None,
     ) -> Self:
         """An empty cache.
 
@@ -64,28 +83,67 @@ class KVCache:
             v_scale: likewise for values.
             as_bits: keep bfloat16, float16 and 8-bit floats as raw bits; by default on CPU, where
                 it decides the speed, and for float16 nowhere.
+            sharding: mesh axes that split rows, KV heads and slots; every device makes its own
+                shard. Where a `jax.shard_map` over these axes is being traced, the sizes are those
+                of a shard.
 
         Raises:
-            ValueError: for an unknown layout, or a scale that does not fit.
+            ValueError: for an unknown layout, a scale that does not fit, or a size that the mesh
+                does not divide.
             TypeError: for a dtype a cache cannot have.
         """
         layout_cls = dense_layout(layout)
         logical, stored = cache_dtypes(dtype, as_bits)
+        new = sharded.Maker(sharding, batch=batch, slots=capacity, num_kv_heads=num_kv_heads)
         sizes = {"B": batch, "S": capacity, "K": num_kv_heads, "H": head_dim}
         value_sizes = sizes | {"H": head_dim if value_head_dim is None else value_head_dim}
         kv = layout_cls(
-            key=jnp.zeros([sizes[a] for a in layout_cls.key_axes], stored),
-            value=jnp.zeros([value_sizes[a] for a in layout_cls.value_axes], stored),
-            k_scale=head_scale(k_scale, logical, num_kv_heads, "k_scale"),
-            v_scale=head_scale(v_scale, logical, num_kv_heads, "v_scale"),
+            key=new.full(layout_cls.key_axes, sizes, 0, stored),
+            value=new.full(layout_cls.value_axes, value_sizes, 0, stored),
+            k_scale=new.placed("1K", head_scale(k_scale, logical, num_kv_heads, "k_scale")),
+            v_scale=new.placed("1K", head_scale(v_scale, logical, num_kv_heads, "v_scale")),
             dtype=logical,
         )
-        return cls(kv, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+        lengths, starts = (new.full("B", sizes, 0, np.dtype(np.int32)) for _ in range(2))
+        return cls(kv, lengths, starts, sharding)
 
     @property
     def capacity(self) -> int:
-        """Slots S of each row."""
-        return self.kv.shape.kv_len
+        """Slots S of each row, over all devices."""
+        return self.kv.shape.kv_len * sharded.parts(self.sharding, "keys")
+
+    def letters(self) -> Self:
+        """The cache with the letters of its axes in the place of each array; see `KVLayout`."""
+        letters: dict[str, Any] = {"lengths": "B", "starts": "B"}
+        return replace(self, kv=self.kv.letters(), **letters)
+
+    def specs(self) -> Self:
+        """The cache with a `PartitionSpec` in the place of each array.
+
+        For `in_specs` and `out_specs` of a `jax.shard_map` of your own over the axes that the
+        sharding names. Inside, the cache is one device's shard and is used as usual.
+
+        Raises:
+            ValueError: if the cache is on no mesh.
+        """
+        return jax.tree.map(lambda sharding: sharding.spec, self.shardings())
+
+    def shardings(self) -> Self:
+        """The cache with a `NamedSharding` in the place of each array.
+
+        For `jax.device_put` of a cache that came from elsewhere, and for `in_shardings`.
+
+        Raises:
+            ValueError: if the cache is on no mesh.
+        """
+        sharding = sharded.sharding_of(self)
+        if sharding is None:
+            raise ValueError(
+                "this cache is on no mesh: make it with create(..., sharding=AttentionSharding("
+                "mesh, batch=..., heads=..., keys=...))."
+            )
+        named = partial(sharding.named, num_kv_heads=self.kv.shape.num_kv_heads)
+        return jax.tree.map(named, self.letters())
 
     def key_positions(self) -> Int[Array, "B S"] | None:
         """The position of the token in each slot, -1 for none; None if slots are positions."""
@@ -96,6 +154,8 @@ class KVCache:
         key: Num[Array, "B T K H"],
         value: Num[Array, "B T K Hv"],
         counts: Int[Array, " B"] | None = None,
+        *,
+        implementation: WriterLike = None,
     ) -> Self:
         """Adds tokens after those each row holds.
 
@@ -104,14 +164,36 @@ class KVCache:
             value: new values `[B, T, K, Hv]`.
             counts: int `[B]`, how many of the T tokens of each row are real (the first ones); by
                 default all. The rest are not written.
+            implementation: what writes them: None tries what fits the platform, in order; "xla" is
+                an in-place update, "nki" the append kernel, "nki_interpret" the same kernel on the
+                CPU; or a `Writer`, or a sequence. `explain_append` says which and why.
 
         Tokens past the capacity are dropped; `overflowed` tells which rows lost some.
 
         Raises:
-            ValueError: if the shapes do not fit the cache, or T is larger than its capacity.
+            ValueError: if the shapes do not fit the cache, or T is larger than its capacity; for an
+                unknown implementation.
+            NotImplementedError: the implementation asked for cannot do it; with its reason.
         """
         counts = self._check_append(key, value, counts)
-        return self._write(key, value, counts)
+        new = ((key, "BTKH"), (value, "BTKH"), (counts, "B"))
+        return sharded.run(_Append(writers(implementation)), self, *new)
+
+    def explain_append(
+        self,
+        num_tokens: int = 1,
+        *,
+        platform: str | None = None,
+        implementation: WriterLike = None,
+    ) -> Choice[Writer]:
+        """Which implementation `append` writes with, and why those before it do not.
+
+        Args:
+            num_tokens: T.
+            platform: to be compiled for, by default JAX's own.
+            implementation: as for `append`.
+        """
+        return choose_writer(self.kv, num_tokens, implementation, platform)
 
     def prefill(
         self,
@@ -129,39 +211,60 @@ class KVCache:
                 follows).
             starts: int32 `[B]`, left padding before each row's first real token.
         """
-        empty = replace(
-            self.reset(),
-            starts=jnp.zeros_like(self.starts) if starts is None else starts.astype(jnp.int32),
-        )
+        empty = self.reset()
+        if starts is not None:
+            empty = sharded.run(_with_starts, empty, (starts.astype(jnp.int32), "B"))
         return empty.append(key, value, lengths)
 
     def reset(self, rows: Bool[Array, " B"] | None = None) -> Self:
         """Forgets the tokens of the given rows, by default of all."""
-        kept = jnp.zeros_like(self.lengths, bool) if rows is None else ~rows
-        zero = jnp.zeros((), jnp.int32)
-        return replace(
-            self,
-            lengths=jnp.where(kept, self.lengths, zero),
-            starts=jnp.where(kept, self.starts, zero),
-        )
+        if rows is None:
+            rows = jnp.ones(self.lengths.shape, bool)
+        return sharded.run(type(self)._reset, self, (rows, "B"))
 
     def truncate(self, lengths: Int[Array, " B"]) -> Self:
-        """Forgets the tokens from position `lengths` on: rejected speculative tokens."""
-        return replace(self, lengths=jnp.clip(lengths.astype(jnp.int32), 0, self.lengths))
+        """Forgets the tokens from position `lengths` on: rejected speculative tokens.
+
+        In a ring the slots they took held older tokens, which do not come back: `starts` moves past
+        those.
+        """
+        return sharded.run(type(self)._truncate, self, (lengths.astype(jnp.int32), "B"))
 
     def overflowed(self) -> Bool[Array, " B"]:
         """Rows that were given more tokens than they can hold."""
         return self.lengths > self.capacity
 
-    def _write(self, key: Array, value: Array, counts: Array) -> Self:
-        if key.shape[1] > self.capacity:
+    # What each device does to its shard: `capacity` and positions are those of the whole.
+
+    def _on_shard(self) -> Self:
+        """The cache in the terms of what is seen of it; `_of_whole` undoes it."""
+        return self
+
+    def _of_whole(self) -> Self:
+        return self
+
+    def _append(self, key: Array, value: Array, counts: Array, tried: tuple[Writer, ...]) -> Self:
+        keep = jnp.arange(key.shape[1], dtype=jnp.int32) < counts[:, None]
+        kv = write(self.kv, key, value, self.lengths - self._first_slot(), keep, tried)
+        return replace(self, kv=kv, lengths=self.lengths + counts)
+
+    def _reset(self, rows: Array) -> Self:
+        lengths, starts = (jnp.where(rows, jnp.int32(0), x) for x in (self.lengths, self.starts))
+        return replace(self, lengths=lengths, starts=starts)
+
+    def _truncate(self, lengths: Array) -> Self:
+        return replace(self, lengths=jnp.clip(lengths, 0, self.lengths))
+
+    def _first_slot(self) -> Array | int:
+        """The first slot that this shard holds."""
+        return sharded.part(self.sharding, "keys") * self.kv.shape.kv_len
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        if num_tokens > self.capacity:
             raise ValueError(
-                f"cannot append {key.shape[1]} tokens to a cache of {self.capacity} slots a row: "
+                f"cannot append {num_tokens} tokens to a cache of {self.capacity} slots a row: "
                 "give it more, or use a RingKVCache to keep the last ones."
             )
-        keep = jnp.arange(key.shape[1], dtype=jnp.int32) < counts[:, None]
-        kv = self.kv.write(key, value, self.lengths, keep)
-        return replace(self, kv=kv, lengths=self.lengths + counts)
 
     def _check_append(self, key: Array, value: Array, counts: Array | None) -> Array:
         shape = self.kv.shape
@@ -179,6 +282,7 @@ class KVCache:
                     f"{name} must be [B, T, K, H] = ({shape.batch}, T, {shape.num_kv_heads}, "
                     f"{width}) for this cache; got {tuple(new.shape)}."
                 )
+        self._check_tokens(key.shape[1])
         if counts is None:
             return jnp.full((shape.batch,), key.shape[1], jnp.int32)
         if counts.shape != (shape.batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
@@ -189,56 +293,66 @@ class KVCache:
         return jnp.clip(counts.astype(jnp.int32), 0, key.shape[1])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kv", "lengths", "starts"], meta_fields=[])
+@register_cache
 @dataclass(frozen=True)
 class RingKVCache(KVCache):
     """A cache of the last S tokens: the token at position p is in slot p mod S.
 
     For sliding windows. A window of w keys needs a capacity of w + T - 1 when T tokens are appended
-    before they attend, so that the earliest of them still sees its whole window.
+    before they attend, so that the earliest of them still sees its whole window. An append of more
+    tokens than the capacity keeps the last ones.
     """
 
     def key_positions(self) -> Int[Array, "B S"]:
         """The position of the token in each slot, -1 for a slot not yet written."""
         last = self.lengths[:, None] - 1
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
+        slots = self._first_slot() + jnp.arange(self.kv.shape.kv_len, dtype=jnp.int32)
         positions = last - jnp.remainder(last - slots, self.capacity)
         return jnp.where(positions >= 0, positions, NO_POSITION)
-
-    def append(
-        self,
-        key: Num[Array, "B T K H"],
-        value: Num[Array, "B T K Hv"],
-        counts: Int[Array, " B"] | None = None,
-    ) -> Self:
-        """Adds tokens, overwriting the oldest; T may exceed the capacity. See `KVCache.append`."""
-        counts = self._check_append(key, value, counts)
-        cache, size = self, self.capacity
-        for begin in range(0, key.shape[1], size):
-            part = slice(begin, begin + size)
-            left = jnp.clip(counts - begin, 0, size)
-            cache = cache._append_wrapped(key[:, part], value[:, part], left)
-        return cache
-
-    def _append_wrapped(self, key: Array, value: Array, counts: Array) -> Self:
-        keep = jnp.arange(key.shape[1], dtype=jnp.int32) < counts[:, None]
-        slots = jnp.remainder(self.lengths, self.capacity)
-        kv = self.kv.write(key, value, slots, keep)
-        if key.shape[1] > 1:  # what runs over the end goes to the front
-            kv = kv.write(key, value, slots - self.capacity, keep)
-        return replace(self, kv=kv, lengths=self.lengths + counts)
-
-    def truncate(self, lengths: Int[Array, " B"]) -> Self:
-        """Forgets the tokens from position `lengths` on, as `KVCache.truncate`.
-
-        The slots they took held older tokens, which do not come back: `starts` moves past those.
-        """
-        starts = jnp.maximum(self.starts, self.lengths - self.capacity)
-        return replace(super().truncate(lengths), starts=starts)
 
     def overflowed(self) -> Bool[Array, " B"]:
         """Never: a ring forgets its oldest tokens by design."""
         return jnp.zeros_like(self.lengths, bool)
+
+    def _append(self, key: Array, value: Array, counts: Array, tried: tuple[Writer, ...]) -> Self:
+        cache, size = self, self.capacity
+        for begin in range(0, key.shape[1], size):
+            part = slice(begin, begin + size)
+            left = jnp.clip(counts - begin, 0, size)
+            cache = cache._append_wrapped(key[:, part], value[:, part], left, tried)
+        return cache
+
+    def _append_wrapped(
+        self, key: Array, value: Array, counts: Array, tried: tuple[Writer, ...]
+    ) -> Self:
+        keep = jnp.arange(key.shape[1], dtype=jnp.int32) < counts[:, None]
+        slots = jnp.remainder(self.lengths, self.capacity) - self._first_slot()
+        kv = write(self.kv, key, value, slots, keep, tried)
+        if key.shape[1] > 1:  # what runs over the end goes to the front
+            kv = write(kv, key, value, slots - self.capacity, keep, tried)
+        return replace(self, kv=kv, lengths=self.lengths + counts)
+
+    def _truncate(self, lengths: Array) -> Self:
+        # The slots they took held older tokens, which do not come back.
+        starts = jnp.maximum(self.starts, self.lengths - self.capacity)
+        return replace(super()._truncate(lengths), starts=starts)
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        del num_tokens  # however many
+
+
+@dataclass(frozen=True)
+class _Append:
+    """What `append` does to a shard; equal for equal writers, so that it is compiled once."""
+
+    tried: tuple[Writer, ...]
+
+    def __call__(self, cache: KVCache, key: Array, value: Array, counts: Array) -> KVCache:
+        return cache._append(key, value, counts, self.tried)
+
+
+def _with_starts(cache: KVCache, starts: Array) -> KVCache:
+    return replace(cache, starts=starts)
 
 
 def dense_layout(layout: str | type[DenseLayout]) -> type[DenseLayout]:

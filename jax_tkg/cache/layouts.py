@@ -106,6 +106,20 @@ class KVLayout(abc.ABC):
     ) -> tuple[Float[Array, "B K size H"], Float[Array, "B K size Hv"]]:
         """Keys and values of all KV heads, `size` slots from `start`, as `dtype`, without scale."""
 
+    @abc.abstractmethod
+    def letters(self) -> Self:
+        """The layout with the letters of its axes in the place of each array, as "BSKH".
+
+        "P" stands for the pages of a pool, "1" for an axis that is not one of the call's.
+        """
+
+    def _scale_letters(self) -> dict[str, Any]:
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {
+            name: None if x is None else "1K" if x.shape[0] == 1 else "BK"
+            for name, x in scales.items()
+        }
+
     def usable(self) -> Bool[Array, "B S"] | None:
         """Which slots have memory behind them; None if all do."""
         return None
@@ -118,9 +132,10 @@ class KVLayout(abc.ABC):
         slots: Int[Array, " B"],
         keep: Bool[Array, "B T"],
     ) -> Self:
-        """Writes token t of row b at slot `slots[b] + t` where `keep[b, t]`; T is at most S.
+        """Writes token t of row b at slot `slots[b] + t` where `keep[b, t]`.
 
-        Tokens whose slot lies outside `[0, S)` are dropped, and no other slot changes.
+        Tokens whose slot lies outside `[0, S)` are dropped, and no other slot changes. `slots` may
+        be negative: a part of a sequence drops the tokens of the other parts.
         """
 
     @abc.abstractmethod
@@ -196,6 +211,11 @@ class DenseLayout(KVLayout):
         value = dict(zip(self.value_axes, self.value.shape, strict=True))
         return KVShape(key["B"], key["S"], key["K"], key["H"], value["H"])
 
+    def letters(self) -> Self:
+        """See `KVLayout.letters`."""
+        letters: dict[str, Any] = {"key": self.key_axes, "value": self.value_axes}
+        return replace(self, **letters, **self._scale_letters())
+
     def check(self) -> None:
         """See `KVLayout.check`."""
         given = (
@@ -247,7 +267,7 @@ class DenseLayout(KVLayout):
         slots: Int[Array, " B"],
         keep: Bool[Array, "B T"],
     ) -> Self:
-        """See `KVLayout.write`: one in-place update of T slots per row."""
+        """See `KVLayout.write`: one in-place update of at most T slots per row."""
         new_key, new_value = self.encode(key, value)
         return replace(
             self,

@@ -1,7 +1,7 @@
 """The paged layout: a pool of pages that all sequences share, and a table of whose is which."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,11 @@ class Paged(KVLayout):
         return storage.decode(
             by_head.reshape(batch, heads, count * page_len, width), self.dtype, dtype
         )
+
+    def letters(self) -> Self:
+        """See `KVLayout.letters`; L slots of a page."""
+        letters: dict[str, Any] = {"key": "PKLH", "value": "PKLH", "page_indices": "BS"}
+        return replace(self, **letters, **self._scale_letters())
 
     def usable(self) -> Bool[Array, "B S"]:
         """False for the slots of unused entries of the page table."""

@@ -6,21 +6,23 @@ that Neuron cannot run: no sort, no branch, scatters that only overwrite.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from jax_tkg._typing import Array, Bool, Int, Num
-from jax_tkg.cache.kv_cache import KVCache, cache_dtypes
+from jax_tkg._typing import Array, Bool, Int
+from jax_tkg.cache import sharded
+from jax_tkg.cache.kv_cache import KVCache, cache_dtypes, register_cache
 from jax_tkg.cache.paged import NO_PAGE, Paged
 from jax_tkg.cache.storage import Scale, head_scale
+from jax_tkg.cache.writing import Writer
+from jax_tkg.sharding.spec import AttentionSharding
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kv", "lengths", "starts"], meta_fields=[])
+@register_cache
 @dataclass(frozen=True)
 class PagedKVCache(KVCache):
     """A cache whose rows take pages from a pool as they grow; slot s holds position s.
@@ -28,7 +30,18 @@ class PagedKVCache(KVCache):
     Entry e of a row's page table names the page of its slots e * L to (e + 1) * L - 1. Rows may
     share pages (`fork`), but never the one that a row writes next: a page that is not full belongs
     to one row.
+
+    When the pool has no page left, an append drops the tokens that would be in it and the row is
+    `overflowed`, also if it finds pages for later tokens. Earlier rows are served first. Pages go
+    back to the pool with `reset` and `truncate`; one that other rows share stays theirs. A row
+    that `truncate` leaves to end within a shared page gets a copy of it; if there is no free page
+    for that, the tokens in it are lost and the row is `overflowed`.
+
+    On a mesh, the axes that split the rows split the pool with them: the pages of a row, and the
+    free ones it can take, are those of its shard. Page numbers count the pages of the whole pool.
     """
+
+    splittable: ClassVar[str] = "BPK"
 
     @classmethod
     def create(  # type: ignore[override]  # pages instead of a capacity
@@ -45,6 +58,7 @@ class PagedKVCache(KVCache):
         k_scale: Scale = None,
         v_scale: Scale = None,
         as_bits: bool | None = None,
+        sharding: AttentionSharding | None = None,
     ) -> Self:
         """An empty cache.
 
@@ -60,9 +74,11 @@ class PagedKVCache(KVCache):
             k_scale: for 8-bit types.
             v_scale: likewise.
             as_bits: whether narrow floats are kept as raw bits.
+            sharding: as for `KVCache.create`, without axes for `keys`.
 
         Raises:
-            ValueError: for a scale that does not fit, or a number of pages or slots below 1.
+            ValueError: for a scale that does not fit, a number of pages or slots below 1, or what
+                the mesh does not divide.
             TypeError: for a dtype a cache cannot have.
         """
         if min(num_pages, page_len, pages_per_sequence) < 1:
@@ -70,17 +86,22 @@ class PagedKVCache(KVCache):
                 "num_pages, page_len and pages_per_sequence must be at least 1; got "
                 f"{num_pages}, {page_len} and {pages_per_sequence}."
             )
+        _check_pool(num_pages, sharding)
         logical, stored = cache_dtypes(dtype, as_bits)
-        value_width = head_dim if value_head_dim is None else value_head_dim
+        new = sharded.Maker(sharding, batch=batch, num_kv_heads=num_kv_heads)
+        sizes = {"B": batch, "S": pages_per_sequence, "P": num_pages, "K": num_kv_heads}
+        sizes |= {"L": page_len, "H": head_dim}
+        value_sizes = sizes | {"H": head_dim if value_head_dim is None else value_head_dim}
         kv = Paged(
-            key=jnp.zeros((num_pages, num_kv_heads, page_len, head_dim), stored),
-            value=jnp.zeros((num_pages, num_kv_heads, page_len, value_width), stored),
-            k_scale=head_scale(k_scale, logical, num_kv_heads, "k_scale"),
-            v_scale=head_scale(v_scale, logical, num_kv_heads, "v_scale"),
+            key=new.full("PKLH", sizes, 0, stored),
+            value=new.full("PKLH", value_sizes, 0, stored),
+            k_scale=new.placed("1K", head_scale(k_scale, logical, num_kv_heads, "k_scale")),
+            v_scale=new.placed("1K", head_scale(v_scale, logical, num_kv_heads, "v_scale")),
             dtype=logical,
-            page_indices=jnp.full((batch, pages_per_sequence), NO_PAGE, jnp.int32),
+            page_indices=new.full("BS", sizes, NO_PAGE, np.dtype(np.int32)),
         )
-        return cls(kv, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+        lengths, starts = (new.full("B", sizes, 0, np.dtype(np.int32)) for _ in range(2))
+        return cls(kv, lengths, starts, sharding)
 
     @property
     def page_table(self) -> Int[Array, "B pages_per_sequence"]:
@@ -89,47 +110,12 @@ class PagedKVCache(KVCache):
 
     def free_pages(self) -> Bool[Array, " P"]:
         """Which pages of the pool no row uses."""
-        pages = self._num_pages
-        # One entry more than there are pages takes what is NO_PAGE: no index is out of bounds.
-        named = jnp.where(self.page_table >= 0, self.page_table, pages).ravel()
-        return jnp.ones(pages + 1, bool).at[named].set(False)[:pages]
+        free: Array = sharded.run(type(self)._free_pages, self, result="P")
+        return free
 
     def num_free_pages(self) -> Int[Array, ""]:
         """How many pages of the pool no row uses."""
         return jnp.sum(self.free_pages(), dtype=jnp.int32)
-
-    def append(
-        self,
-        key: Num[Array, "B T K H"],
-        value: Num[Array, "B T K Hv"],
-        counts: Int[Array, " B"] | None = None,
-    ) -> Self:
-        """As `KVCache.append`, taking as many free pages as the new tokens need.
-
-        When the pool has no page left, the tokens that would be in it are dropped and the row is
-        `overflowed`, also if it finds pages for later tokens. Earlier rows are served first.
-        """
-        counts = self._check_append(key, value, counts)
-        return self._with_pages_for(counts, key.shape[1])._write(key, value, counts)
-
-    def reset(self, rows: Bool[Array, " B"] | None = None) -> Self:
-        """Forgets the tokens of the given rows, by default of all, and gives back their pages.
-
-        A page that other rows share stays theirs.
-        """
-        kept = jnp.zeros_like(self.lengths, bool) if rows is None else ~rows
-        table = jnp.where(kept[:, None], self.page_table, NO_PAGE)
-        return super().reset(rows)._with_table(table)
-
-    def truncate(self, lengths: Int[Array, " B"]) -> Self:
-        """As `KVCache.truncate`; gives back the pages behind the new end.
-
-        A row that then ends within a page that others share gets a copy of it; if there is no free
-        page for that, the tokens in it are lost and the row is `overflowed`.
-        """
-        shorter = super().truncate(lengths)
-        table = jnp.where(shorter._used_entries(), self.page_table, NO_PAGE)
-        return shorter._with_table(table)._with_own_last_pages()
 
     def fork(self, source: Int[Array, "..."] | int, target: Int[Array, "..."] | int) -> Self:
         """Makes rows `target` continue what rows `source` hold, sharing all their full pages.
@@ -139,27 +125,75 @@ class PagedKVCache(KVCache):
         `overflowed`. Sources are read before any target changes: in a beam search, with `parent`
         the row each beam continues, `fork(parent, jnp.arange(batch))` moves all of them.
 
+        On a mesh that splits the rows, a target whose source is in another shard is emptied and
+        `overflowed`: pages do not move between devices.
+
         Args:
             source: the rows to continue, `[n]`, or one.
             target: as many rows, each named once.
 
         Raises:
-            ValueError: for a row number, given as an int, that is not one.
+            ValueError: for a row number, given as an int, that is not one; for two ints that are
+                rows of different shards.
         """
         batch = self.lengths.shape[0]
+        sharded.check_same_shard(self, source, target)
         source, target = _rows(source, batch, "source"), _rows(target, batch, "target")
-        parent = jnp.arange(batch, dtype=jnp.int32).at[target].set(source)
-        lengths, starts, table = (
-            jnp.take(x, parent, axis=0, mode="clip")
-            for x in (self.lengths, self.starts, self.page_table)
-        )
-        forked = replace(self, lengths=lengths, starts=starts)
-        return forked._with_table(table)._with_own_last_pages()
+        row = jnp.arange(batch, dtype=jnp.int32)
+        parent = row.at[target].set(source)
+        return sharded.run(type(self)._fork, self, (row, "B"), (parent, "B"))
 
     def overflowed(self) -> Bool[Array, " B"]:
         """Rows that were given more tokens than they, or the pool, could hold."""
         missing = self._used_entries() & (self.page_table < 0)
         return jnp.any(missing, axis=1) | (self.lengths > self.capacity)
+
+    # What each device does to its shard; page numbers are its own.
+
+    def _on_shard(self) -> Self:
+        return self._numbered_from(-sharded.part(self.sharding, "batch") * self._num_pages)
+
+    def _of_whole(self) -> Self:
+        return self._numbered_from(sharded.part(self.sharding, "batch") * self._num_pages)
+
+    def _numbered_from(self, first: Array | int) -> Self:
+        if isinstance(first, int):  # nothing is split
+            return self
+        table = self.page_table
+        return self._with_table(jnp.where(table >= 0, table + first, NO_PAGE))
+
+    def _append(self, key: Array, value: Array, counts: Array, tried: tuple[Writer, ...]) -> Self:
+        return super(PagedKVCache, self._with_pages_for(counts, key.shape[1]))._append(
+            key, value, counts, tried
+        )
+
+    def _reset(self, rows: Array) -> Self:
+        table = jnp.where(rows[:, None], NO_PAGE, self.page_table)
+        return super()._reset(rows)._with_table(table)
+
+    def _truncate(self, lengths: Array) -> Self:
+        shorter = super()._truncate(lengths)
+        table = jnp.where(shorter._used_entries(), self.page_table, NO_PAGE)
+        return shorter._with_table(table)._with_own_last_pages()
+
+    def _fork(self, row: Array, parent: Array) -> Self:
+        """Row `row[b]` of the whole is row b here, and continues row `parent[b]` of the whole."""
+        local = parent - row[0]
+        is_here = (local >= 0) & (local < row.shape[0])
+        lengths, starts, table = (
+            jnp.take(x, local, axis=0, mode="clip")
+            for x in (self.lengths, self.starts, self.page_table)
+        )
+        too_long = jnp.int32(self.capacity + 1)
+        forked = replace(self, lengths=jnp.where(is_here, lengths, too_long), starts=starts)
+        table = jnp.where(is_here[:, None], table, NO_PAGE)
+        return forked._with_table(table)._with_own_last_pages()
+
+    def _free_pages(self) -> Bool[Array, " P"]:
+        pages = self._num_pages
+        # One entry more than there are pages takes what is NO_PAGE: no index is out of bounds.
+        named = jnp.where(self.page_table >= 0, self.page_table, pages).ravel()
+        return jnp.ones(pages + 1, bool).at[named].set(False)[:pages]
 
     @property
     def _paged(self) -> Paged:
@@ -198,7 +232,7 @@ class PagedKVCache(KVCache):
 
     def _take_free(self, wanted: Bool[Array, "B n"]) -> Int[Array, "B n"]:
         """The k-th free page for the k-th true element of `wanted`; -1 elsewhere, or for want."""
-        pages, free = self._num_pages, self.free_pages()
+        pages, free = self._num_pages, self._free_pages()
         rank = jnp.cumsum(free, dtype=jnp.int32) - 1
         # Entry `pages` always says that there is none, and the one after it takes the used pages.
         free_list = jnp.full(pages + 2, NO_PAGE, jnp.int32)
@@ -223,7 +257,7 @@ class PagedKVCache(KVCache):
         is_partial = (length % kv.page_len > 0) & (length < self.capacity) & (old >= 0)
         is_shared = is_partial & (jnp.sum(kv.page_indices == old, dtype=jnp.int32) > 1)
         number = jnp.arange(pages, dtype=jnp.int32)
-        free = jnp.min(jnp.where(self.free_pages(), number, pages))
+        free = jnp.min(jnp.where(self._free_pages(), number, pages))
         copied = is_shared & (free < pages)
         new = jnp.where(is_shared, jnp.where(copied, free, NO_PAGE), old)
         source = jnp.maximum(old, 0)
@@ -242,6 +276,21 @@ class PagedKVCache(KVCache):
 def _copy_page(pool: Array, source: Array, target: Array) -> Array:
     page = lax.dynamic_index_in_dim(pool, source, 0)
     return lax.dynamic_update_index_in_dim(pool, page, target, 0)
+
+
+def _check_pool(num_pages: int, sharding: AttentionSharding | None) -> None:
+    if sharding is None:
+        return
+    if sharding.names("keys"):
+        raise ValueError(
+            f"the slots of a PagedKVCache cannot be split, and this sharding has keys="
+            f"{sharding.keys!r}: name those axes as batch or heads, or use a KVCache."
+        )
+    if num_pages % sharding.size("batch"):
+        raise ValueError(
+            f"num_pages = {num_pages} does not divide into {sharding.size('batch')} parts, one for "
+            f"each part of the rows (batch={sharding.batch!r})."
+        )
 
 
 def _rows(rows: Array | int, batch: int, name: str) -> Array:

@@ -1,7 +1,8 @@
 """Flax layers on `jax_tkg.attention_tkg`: attention for nnx and linen, and a decoder.
 
 `Attention` and `LinenAttention` keep their KV cache outside, as an argument and a result.
-`AttentionFn` plugs into the `MultiHeadAttention` of Flax itself.
+`AttentionFn` plugs into the `MultiHeadAttention` of Flax itself. `jax_tkg.flax_layers.swap` puts
+the op into decoders that other people wrote.
 """
 
 from jax_tkg.flax_layers.config import AttentionConfig
@@ -10,6 +11,7 @@ from jax_tkg.flax_layers.drop_in import AttentionFn, attention_fn
 from jax_tkg.flax_layers.from_gguf import decoder_from_gguf
 from jax_tkg.flax_layers.linen_attention import LinenAttention, LinenRMSNorm
 from jax_tkg.flax_layers.nnx_attention import Attention, RMSNorm
+from jax_tkg.flax_layers.partition import decoder_shardings, shard_decoder
 
 __all__ = [
     "Attention",
@@ -23,4 +25,6 @@ __all__ = [
     "RMSNorm",
     "attention_fn",
     "decoder_from_gguf",
+    "decoder_shardings",
+    "shard_decoder",
 ]

@@ -8,8 +8,10 @@ import numpy.typing as npt
 from jax_tkg.cache.kv_cache import KVCache, RingKVCache
 from jax_tkg.cache.layouts import BKSH, DenseLayout
 from jax_tkg.cache.storage import Scale
+from jax_tkg.cache.writing import Writer
 from jax_tkg.implementations import Implementation
 from jax_tkg.rope import RotaryEmbedding
+from jax_tkg.sharding.spec import AttentionSharding
 
 StaticImplementation = str | Implementation | tuple[str | Implementation, ...] | None
 """`implementation=` of `attention_tkg` and `attention_cte`, in its hashable forms."""
@@ -35,6 +37,7 @@ class AttentionConfig:
         scale: factor of the logits, by default 1 / sqrt(H).
         implementation: as for `jax_tkg.attention_tkg`, a sequence as a tuple; names count for
             `jax_tkg.attention_cte` too, which takes in prompts.
+        append_implementation: as for `KVCache.append`, a sequence as a tuple.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -54,6 +57,7 @@ class AttentionConfig:
     logits_soft_cap: float | None = None
     scale: float | None = None
     implementation: StaticImplementation = None
+    append_implementation: str | Writer | tuple[str | Writer, ...] | None = None
 
     def __post_init__(self) -> None:
         """Validates the sizes; `attention_tkg` checks the rest."""
@@ -91,6 +95,7 @@ class AttentionConfig:
         k_scale: Scale = None,
         v_scale: Scale = None,
         as_bits: bool | None = None,
+        sharding: AttentionSharding | None = None,
     ) -> KVCache:
         """An empty cache for this layer.
 
@@ -105,6 +110,7 @@ class AttentionConfig:
             k_scale: for 8-bit types.
             v_scale: likewise.
             as_bits: whether narrow floats are kept as raw bits.
+            sharding: how the cache lies on a mesh.
 
         Raises:
             ValueError: as `KVCache.create`.
@@ -125,6 +131,7 @@ class AttentionConfig:
             k_scale=k_scale,
             v_scale=v_scale,
             as_bits=as_bits,
+            sharding=sharding,
         )
 
 

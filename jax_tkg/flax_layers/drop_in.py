@@ -16,6 +16,8 @@ from flax.typing import Dtype
 from jax_tkg._typing import Array, Bool, Float, Int, Num, Shaped
 from jax_tkg.attention import attention_tkg
 from jax_tkg.flax_layers.config import StaticImplementation
+from jax_tkg.flax_layers.functional import PROMPT_TOKENS
+from jax_tkg.prefill.attention import attention_cte
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,10 @@ class AttentionFn:
     Equal options make equal functions, so that a module that holds one is compiled once.
 
     In decode mode Flax hands over one query per row, the whole cache, and a mask of the slots
-    written so far. Where the query is follows from the mask: at the last key it shows. Unlike in
-    Flax, a query that sees no key gives 0, not the mean of the values.
+    written so far. Where the query is follows from the mask: at the last key it shows. Several
+    tokens at once Flax refuses before it comes here; `swap_nnx` and `swap_linen` (in
+    `jax_tkg.flax_layers.swap`) make its modules take them, and call `decode`. Unlike in Flax, a
+    query that sees no key gives 0, not the mean of the values.
 
     Attributes:
         scale: factor of the logits, by default 1 / sqrt(H) as in Flax.
@@ -93,14 +97,13 @@ class AttentionFn:
                 another number of keys, T > 1, whose positions nobody knows.
         """
         del broadcast_dropout, dropout_rng, force_fp32_for_softmax
-        _refuse("dropout", dropout_rate > 0 and not deterministic, "pass deterministic=True")
-        _refuse("sowing attention weights", module is not None, "call without sow_weights")
+        refuse("dropout", dropout_rate > 0 and not deterministic, "pass deterministic=True")
+        refuse("sowing attention weights", module is not None, "call without sow_weights")
         einsums = (qk_attn_weights_einsum, attn_weights_value_einsum)
-        _refuse("a custom einsum", einsums != (None, None), "leave the einsum classes out")
+        refuse("a custom einsum", einsums != (None, None), "leave the einsum classes out")
         _check_precision(precision)
-        *batch, tokens, heads, width = query.shape
+        *batch, tokens, _, _ = query.shape
         slots = key.shape[-3]
-        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         seen = None if mask is None else _dense(mask, batch, slots).astype(bool)
         lengths = None
         if tokens == 1 and seen is not None:
@@ -110,11 +113,57 @@ class AttentionFn:
                 f"{tokens} queries among {slots} keys: their positions, which is_causal and "
                 "local_window_size go by, are not known. Give a mask that says what each sees."
             )
-        out: Array = attention_tkg(
+        return self._attend(query, key, value, bias, seen, lengths, is_causal, dtype)
+
+    def decode(
+        self,
+        query: Float[Array, "*batch T N H"],
+        key: Num[Array, "*batch S K H"],
+        value: Num[Array, "*batch S K Hv"],
+        end: Int[Array, ""],
+        mask: Num[Array, "..."] | Bool[Array, "..."] | None = None,
+        dtype: Dtype | None = None,
+    ) -> Float[Array, "*batch T N Hv"]:
+        """Attention of T tokens that a cache has just been given, each to those up to itself.
+
+        Args:
+            query: `[..., T, N, H]`, not scaled.
+            key: `[..., S, K, H]`, the cache, the new tokens in it.
+            value: `[..., S, K, Hv]`.
+            end: the slot behind the last new token, in all rows.
+            mask: narrows what is seen, as in a call.
+            dtype: of the computation and the result; by default that of the operands together.
+
+        Returns:
+            `[..., T, N, Hv]`.
+
+        Raises:
+            ValueError: as `attention_tkg`.
+        """
+        *batch, _, _, _ = query.shape
+        seen = None if mask is None else _dense(mask, batch, key.shape[-3]).astype(bool)
+        lengths = jnp.full(math.prod(batch), end, jnp.int32)
+        return self._attend(query, key, value, None, seen, lengths, True, dtype)
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None,
+        seen: Array | None,
+        lengths: Array | None,
+        is_causal: bool,
+        dtype: Dtype | None,
+    ) -> Array:
+        *batch, tokens, heads, width = query.shape
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        attend = attention_cte if tokens >= PROMPT_TOKENS else attention_tkg
+        out: Array = attend(
             query.reshape(-1, tokens, heads, width).astype(dtype),
             key.reshape(-1, *key.shape[-3:]),
             value.reshape(-1, *value.shape[-3:]),
-            bias=None if bias is None else _dense(bias, batch, slots),
+            bias=None if bias is None else _dense(bias, batch, key.shape[-3]),
             mask=seen,
             key_value_seq_lengths=lengths,
             scale=self.scale,
@@ -130,7 +179,8 @@ attention_fn = AttentionFn()
 """`AttentionFn` with Flax's defaults."""
 
 
-def _refuse(what: str, asked: bool, remedy: str) -> None:
+def refuse(what: str, asked: bool, remedy: str) -> None:
+    """Raises NotImplementedError if something was asked for that needs all the weights at once."""
     if asked:
         raise NotImplementedError(
             f"{what} needs the attention weights, which this attention_fn never has all at once; "

@@ -119,7 +119,7 @@ def attention_layer(
     if config.rope is not None:
         angles = config.rope.cos_sin(positions, config.head_dim)
         query, key = config.rope.rotate(query, *angles), config.rope.rotate(key, *angles)
-    cache = cache.append(key, value, counts)
+    cache = cache.append(key, value, counts, implementation=config.append_implementation)
     attend = attention_cte if tokens >= PROMPT_TOKENS else attention_tkg
     mixed = attend(
         query,

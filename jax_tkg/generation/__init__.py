@@ -1,41 +1,77 @@
 """Text generation: chunked prefill and a compiled decode loop over any model with KV caches.
 
 `generate` returns all tokens, `stream` hands them out as they come, `show` prints a stream with its
-speed. `prefill_chunk`, `decode` and `decode_step` are the compiled parts they are made of.
+speed. `prefill_chunk`, `decode` and `decode_step` are the compiled parts they are made of;
+`decode_speculatively` is the loop that verifies several drafts a step.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from jax_tkg.generation.api import Generated, generate, stream
+from jax_tkg.generation.api import generate, stream
+from jax_tkg.generation.draft_model import DraftModel
+from jax_tkg.generation.drafts import Drafter, Drafts, PromptLookup
 from jax_tkg.generation.loop import (
     DecodeState,
     TokenPolicy,
     decode,
+    decode_scored,
     decode_step,
     portable_key,
     prefill,
     prefill_chunk,
+    token_log_probs,
 )
-from jax_tkg.generation.model import DecodeModel, as_pytree
+from jax_tkg.generation.model import (
+    DecodeModel,
+    ScoringModel,
+    as_pytree,
+    last_real,
+    scoring_pytree,
+    truncate_caches,
+)
+from jax_tkg.generation.results import Acceptance, Generated
+from jax_tkg.generation.speculation import (
+    Emitted,
+    SpeculativeState,
+    decode_speculatively,
+    speculative_step,
+)
+from jax_tkg.generation.verification import DistributionSelector
 
 if TYPE_CHECKING:
     from jax_tkg.generation.display import Speed, show
 
 __all__ = [
+    "Acceptance",
     "DecodeModel",
     "DecodeState",
+    "DistributionSelector",
+    "DraftModel",
+    "Drafter",
+    "Drafts",
+    "Emitted",
     "Generated",
+    "PromptLookup",
+    "ScoringModel",
+    "SpeculativeState",
     "Speed",
     "TokenPolicy",
     "as_pytree",
     "decode",
+    "decode_scored",
+    "decode_speculatively",
     "decode_step",
     "generate",
+    "last_real",
     "portable_key",
     "prefill",
     "prefill_chunk",
+    "scoring_pytree",
     "show",
+    "speculative_step",
     "stream",
+    "token_log_probs",
+    "truncate_caches",
 ]
 
 

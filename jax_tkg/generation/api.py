@@ -2,39 +2,32 @@
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
 from jax_tkg._typing import Array, Key
-from jax_tkg.generation.loop import DecodeState, TokenPolicy, decode, portable_key, prefill
-from jax_tkg.generation.model import DecodeModel, as_pytree
+from jax_tkg.generation.drafts import Drafter
+from jax_tkg.generation.loop import TokenPolicy, portable_key
+from jax_tkg.generation.model import (
+    DecodeModel,
+    as_pytree,
+    check_truncation,
+    scoring_pytree,
+)
 from jax_tkg.generation.prompts import PaddedPrompts, PromptLengths, Prompts, bucket, pad_prompts
+from jax_tkg.generation.results import Collected, Generated
+from jax_tkg.generation.runs import Decoding, Plain, Request, Speculative
+from jax_tkg.generation.verification import check_selector
 from jax_tkg.sampling import Greedy, TokenSelector
+
+__all__ = ["Generated", "generate", "stream"]
 
 GREEDY = Greedy()
 
-
-@dataclass(frozen=True, eq=False)
-class Generated:
-    """What was generated; NumPy arrays.
-
-    Attributes:
-        tokens: int32 `[B, max_new_tokens]`, pads after the token that ended a row.
-        lengths: int32 `[B]`, tokens of each row up to and with the one that ended it.
-        finished: bool `[B]`, whether a row ended with one of `eos_ids`.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    finished: np.ndarray
-
-    def rows(self) -> list[list[int]]:
-        """The tokens of each row, without pads and without the token that ended it."""
-        ends = self.lengths - self.finished
-        return [row[:end].tolist() for row, end in zip(self.tokens, ends, strict=True)]
+SPECULATIVE_STEPS = 4
+"""Steps in a call of `generate` when speculating: nobody knows before how many will be needed."""
 
 
 def generate(
@@ -51,6 +44,8 @@ def generate(
     steps_per_call: int | None = None,
     capacity: int | None = None,
     cache_options: Mapping[str, Any] | None = None,
+    speculate: Drafter | None = None,
+    return_log_probs: bool = False,
 ) -> Generated:
     """Continues prompts.
 
@@ -74,38 +69,41 @@ def generate(
             that Neuron can run. By default seed 0, so the same tokens every time; the numbers
             differ between platforms.
         prefill_chunk: prompt tokens that are taken in at a time.
-        steps_per_call: decode in calls of this many tokens, and stop when every row has ended; by
-            default in one call of `max_new_tokens - 1`.
+        steps_per_call: decode in calls of this many steps, and stop when every row has ended; by
+            default in one call of `max_new_tokens - 1`, or when speculating in calls of 4.
         capacity: slots of each row of the caches; by default what prompt and answer need, rounded
             up to a bucket.
         cache_options: keywords of the model's `init_caches`, such as `dtype` and `layout`.
+        speculate: drafts several tokens a step, which the model (a `ScoringModel`) verifies at
+            once: `PromptLookup()`, `DraftModel(smaller_model)` or any `Drafter`. Greedy tokens
+            stay the same (up to rounding), sampled ones have the same distribution.
+        return_log_probs: whether to compute `Generated.log_probs`.
 
     Returns:
         The tokens of all rows; see `Generated`.
 
     Raises:
-        TypeError: for ids or a key of the wrong kind, or a model that cannot be generated from.
+        TypeError: for ids or a key of the wrong kind, a model that cannot be generated from, or one
+            or a selector that cannot be speculated with.
         ValueError: for empty prompts, sizes below 1, or a capacity that is too small.
     """
-    steps = max(max_new_tokens - 1, 1) if steps_per_call is None else steps_per_call
-    run = _prepare(
+    if steps_per_call is None:
+        steps_per_call = max(max_new_tokens - 1, 1) if speculate is None else SPECULATIVE_STEPS
+    request, decoding = _prepare(
         model,
         pad_prompts(prompts, prompt_lengths),
         policy=TokenPolicy(selector, _token_ids(eos_ids), pad_id),
         key=key,
         max_new_tokens=max_new_tokens,
         prefill_chunk=prefill_chunk,
-        steps_per_call=steps,
+        steps_per_call=steps_per_call,
         capacity=capacity,
         cache_options=cache_options,
+        speculate=speculate,
+        with_log_probs=return_log_probs,
     )
-    columns = list(run.columns())
-    tokens = np.full((len(columns[0]), max_new_tokens), pad_id, np.int32)
-    tokens[:, : len(columns)] = np.stack(columns, axis=1)
-    is_eos = np.isin(tokens, run.policy.eos_ids)
-    finished: np.ndarray = np.any(is_eos, axis=1)
-    lengths = np.where(finished, np.argmax(is_eos, axis=1) + 1, max_new_tokens)
-    return Generated(tokens, lengths.astype(np.int32), finished)
+    *_, collected = Collected.fill(request, decoding)
+    return collected.result(speculated=speculate is not None)
 
 
 def stream(
@@ -122,6 +120,7 @@ def stream(
     steps_per_call: int = 8,
     capacity: int | None = None,
     cache_options: Mapping[str, Any] | None = None,
+    speculate: Drafter | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues prompts and hands out tokens as they come: the same tokens as `generate`.
 
@@ -137,10 +136,12 @@ def stream(
         pad_id: as in `generate`.
         key: as in `generate`.
         prefill_chunk: as in `generate`.
-        steps_per_call: tokens decoded by one call of the compiled loop: few for little delay, many
+        steps_per_call: steps taken by one call of the compiled loop: few for little delay, many
             for little overhead. It does not change the tokens.
         capacity: as in `generate`.
         cache_options: as in `generate`.
+        speculate: as in `generate`. Rows then advance at different speeds; a token is handed out
+            when every row that goes on has one.
 
     Yields:
         int32 `[B]`: the next token of each row, the first one right after the prompts were read.
@@ -149,7 +150,7 @@ def stream(
         TypeError: as `generate`.
         ValueError: as `generate`.
     """
-    run = _prepare(
+    request, decoding = _prepare(
         model,
         pad_prompts(prompts, prompt_lengths),
         policy=TokenPolicy(selector, _token_ids(eos_ids), pad_id),
@@ -159,45 +160,18 @@ def stream(
         steps_per_call=steps_per_call,
         capacity=capacity,
         cache_options=cache_options,
+        speculate=speculate,
+        with_log_probs=False,
     )
-    return run.columns()
+    return _columns(request, decoding)
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """A checked call of `generate` or `stream`."""
-
-    model: DecodeModel
-    prompts: PaddedPrompts
-    policy: TokenPolicy
-    key: Array | None
-    max_new_tokens: int
-    prefill_chunk: int
-    steps_per_call: int
-    capacity: int
-    cache_options: Mapping[str, Any]
-
-    def columns(self) -> Iterator[np.ndarray]:
-        """The tokens `[B]` of one step after another, until all rows have ended."""
-        ended = np.zeros(len(self.prompts.lengths), bool)
-        for made, column in enumerate(self._endless(), start=1):
-            yield column
-            ended |= np.isin(column, self.policy.eos_ids)
-            if made == self.max_new_tokens or ended.all():
-                return
-
-    def _endless(self) -> Iterator[np.ndarray]:
-        caches = self.model.init_caches(
-            len(self.prompts.lengths), self.capacity, **self.cache_options
-        )
-        logits, caches = prefill(self.model, caches, self.prompts.chunks(self.prefill_chunk))
-        state = DecodeState.start(caches, logits, self.key, policy=self.policy)
-        yield np.asarray(state.tokens)
-        while True:
-            block, state = decode(
-                self.model, state, self.key, policy=self.policy, num_steps=self.steps_per_call
-            )
-            yield from np.asarray(block).T
+def _columns(request: Request, decoding: Decoding) -> Iterator[np.ndarray]:
+    """The tokens `[B]` of one place after another, as soon as all rows have them."""
+    given = 0
+    for collected in Collected.fill(request, decoding):
+        yield from collected.tokens[:, given : collected.complete].T.copy()
+        given = collected.complete
 
 
 def _prepare(
@@ -208,8 +182,10 @@ def _prepare(
     key: Key[Array, ""] | None,
     capacity: int | None,
     cache_options: Mapping[str, Any] | None,
+    speculate: Drafter | None,
+    with_log_probs: bool,
     **sizes: int,
-) -> _Run:
+) -> tuple[Request, Decoding]:
     for name, size in sizes.items():
         if operator.index(size) < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
@@ -227,15 +203,36 @@ def _prepare(
         key = portable_key(jax.random.key(0, impl="unsafe_rbg") if key is None else key)
     else:
         key = None
-    return _Run(
-        model=as_pytree(model),
+    request = Request(
+        model=as_pytree(model) if speculate is None else scoring_pytree(model),
         prompts=prompts,
         policy=policy,
         key=key,
         capacity=capacity,
         cache_options=cache_options or {},
+        with_log_probs=with_log_probs,
         **sizes | {"prefill_chunk": min(sizes["prefill_chunk"], capacity)},
     )
+    if speculate is None:
+        return request, Plain()
+    _check_speculation(request, speculate)
+    return request, Speculative(speculate)
+
+
+def _check_speculation(request: Request, drafter: Drafter) -> None:
+    if not isinstance(drafter, Drafter):
+        raise TypeError(
+            "speculate must be PromptLookup(), DraftModel(model) or another Drafter of "
+            f"jax_tkg.generation; got {type(drafter).__name__}."
+        )
+    check_selector(request.policy.selector)
+    batch = len(request.prompts.lengths)
+    if request.capacity <= drafter.max_tokens:
+        raise ValueError(
+            f"a step of {drafter.max_tokens} drafts appends {drafter.max_tokens + 1} tokens to a "
+            f"cache of capacity {request.capacity}: leave capacity out, or draft fewer."
+        )
+    check_truncation(request.model, batch, request.capacity, request.cache_options)
 
 
 def _token_ids(ids: Iterable[int]) -> tuple[int, ...]:

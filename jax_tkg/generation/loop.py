@@ -19,7 +19,7 @@ from jax import lax
 
 from jax_tkg._typing import Array, Bool, Float, Int, Key, Leaf
 from jax_tkg.generation.model import DecodeModel
-from jax_tkg.sampling import TokenSelector
+from jax_tkg.sampling import TokenSelector, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TokenPolicy:
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
-    def ends(self, tokens: Int[Array, " B"]) -> Bool[Array, " B"]:
+    def ends(self, tokens: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
         """Which of these tokens end their row."""
         ended = jnp.zeros(tokens.shape, bool)
         for eos in self.eos_ids:
@@ -180,23 +180,75 @@ def decode(
     return tokens.T, state
 
 
+@partial(jax.jit, static_argnames=("policy", "num_steps"), donate_argnames="state")
+def decode_scored(
+    model: DecodeModel,
+    state: DecodeState,
+    key: Key[Array, ""] | None = None,
+    *,
+    policy: TokenPolicy,
+    num_steps: int,
+) -> tuple[Int[Array, "B num_steps"], Float[Array, "B num_steps"], DecodeState]:
+    """As `decode`, with the log-probability of each token.
+
+    Args:
+        model: as for `decode`, like all that follows.
+        state: is donated.
+        key: the same in every call.
+        policy: static.
+        num_steps: static.
+
+    Returns:
+        The tokens; float32 `[B, num_steps]`, see `token_log_probs`, 0 for pads; the state.
+    """
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
+        alive = ~state.finished
+        state, logits = _advance(model, state, key, policy)
+        scores = jnp.where(alive, token_log_probs(logits, state.tokens), 0.0)
+        return state, (state.tokens, scores)
+
+    state, (tokens, scores) = lax.scan(step, state, length=num_steps)
+    return tokens.T, scores.T, state
+
+
+@jax.jit
+def token_log_probs(
+    logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """How likely the model finds tokens: the natural logarithm of the softmax of its logits.
+
+    Of the logits as they are: before any temperature, and before filters exclude anything.
+    """
+    flat = log_probabilities(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1))
+    return flat.reshape(tokens.shape)
+
+
 def decode_step(
     model: DecodeModel, state: DecodeState, key: Key[Array, ""] | None, *, policy: TokenPolicy
 ) -> DecodeState:
     """One step of `decode`, for loops of your own. A finished row's caches stay as they are."""
+    return _advance(model, state, key, policy)[0]
+
+
+def _advance(
+    model: DecodeModel, state: DecodeState, key: Array | None, policy: TokenPolicy
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """The state after one more token, and the logits that it was chosen from."""
     alive = ~state.finished
     logits, caches = model.next_token_logits(
         state.tokens[:, None], state.caches, alive.astype(jnp.int32)
     )
     chosen = policy.select(logits, key, state.step)
     tokens = jnp.where(alive, chosen, jnp.int32(policy.pad_id))
-    return replace(
+    state = replace(
         state,
         caches=caches,
         tokens=tokens,
         finished=state.finished | policy.ends(tokens),
         step=state.step + 1,
     )
+    return state, logits
 
 
 def portable_key(key: Key[Array, ""]) -> Key[Array, ""]:

@@ -1,6 +1,6 @@
 """The cache-append kernel from JAX: which row each new key and value becomes, and the launch."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
@@ -8,19 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_tkg._typing import Array, Int, Num
+from jax_tkg._typing import Array, Bool, Int, Num
 from jax_tkg.cache import storage
-from jax_tkg.cache.kv_cache import KVCache, RingKVCache
-from jax_tkg.cache.layouts import BKHS, DenseLayout, KVLayout
+from jax_tkg.cache.layouts import BKHS, DENSE_LAYOUTS, DenseLayout, KVLayout
 from jax_tkg.cache.paged import Paged
-from jax_tkg.cache.paged_cache import PagedKVCache
 from jax_tkg.nki.arguments import Launch
+from jax_tkg.nki.custom_call import KernelCompiler, NkiJit
+from jax_tkg.nki.implementation import Interpreter, default_device, target_limits
+from jax_tkg.nki.toolchain import default_programs
+from jax_tkg.online.plan import Target
 
 if TYPE_CHECKING:
+    from jax_tkg.cache.writing import WriteProblem
     from jax_tkg.nki.append import AppendPlan
-    from jax_tkg.nki.custom_call import KernelCompiler
 
-Cache = TypeVar("Cache", bound=KVCache)
 Layout = TypeVar("Layout", bound=KVLayout)
 
 ALIASES = ((0, 0), (1, 1))
@@ -29,52 +30,72 @@ ALIASES = ((0, 0), (1, 1))
 DROPPED = -1
 """A slot that no cache has."""
 
+MAX_ROWS = 2**31 - 1
+"""Rows of a cache (of transposed keys: elements) that a DMA can index."""
 
-def append(
-    cache: Cache,
-    key: Num[Array, "B T K H"],
-    value: Num[Array, "B T K Hv"],
-    counts: Int[Array, " B"] | None = None,
-    *,
-    programs: int = 2,
-    compiler: "KernelCompiler | None" = None,
-) -> Cache:
-    """`cache.append(key, value, counts)`, bit for bit, by the NKI kernel.
+_COMPILED: KernelCompiler = NkiJit()
+_INTERPRETED: KernelCompiler = Interpreter()
 
-    Args:
-        cache: a `KVCache`, `RingKVCache` or `PagedKVCache`.
-        key: new keys, any float dtype.
-        value: new values.
-        counts: tokens of each row that are real; by default all.
-        programs: 1, or 2 as on a logical core of two.
-        compiler: by default the interpreter, on the CPU; `NkiJit()` on a Neuron device.
 
-    Returns:
-        The next cache. Tokens past the capacity of a row are dropped, however many they are.
+@dataclass(frozen=True)
+class NkiWriter:
+    """The append kernel as a writer of caches; see `jax_tkg.cache.writing`.
 
-    Raises:
-        ValueError: if the shapes do not fit the cache.
+    Attributes:
+        programs: 2 on a logical core of two, or 1.
+        compiler: what makes the launch part of the program.
+        self_test: compare the kernel with a known answer before its first use on a device.
+        name: in `implementation=` and in reports.
     """
-    counts = cache._check_append(key, value, counts)
-    if isinstance(cache, PagedKVCache):
-        cache = cache._with_pages_for(counts, key.shape[1])
-    slots = token_slots(cache, counts, key.shape[1])
-    kv = write_slots(cache.kv, key, value, slots, programs=programs, compiler=compiler)
-    return replace(cache, kv=kv, lengths=cache.lengths + counts)
+
+    programs: int = field(default_factory=default_programs)
+    compiler: KernelCompiler = _COMPILED
+    self_test: bool = True
+    name: str = "nki"
+
+    def why_not(self, problem: "WriteProblem", target: Target) -> str | None:
+        """What the platform, the kernel or the toolchain cannot do."""
+        return (
+            target_limits(self.compiler, target)
+            or _kernel_limits(problem)
+            or self.compiler.why_not(self.programs)
+        )
+
+    def write(
+        self,
+        kv: Layout,
+        key: Num[Array, "B T K H"],
+        value: Num[Array, "B T K Hv"],
+        slots: Int[Array, " B"],
+        keep: Bool[Array, "B T"],
+    ) -> Layout:
+        """As `KVLayout.write`, bit for bit."""
+        if self.self_test and (device := default_device(self.compiler.platform)) is not None:
+            from jax_tkg.nki.self_test import check_append
+
+            check_append(replace(self, self_test=False), device)
+        slot = slots[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+        slot = jnp.where(keep, slot, DROPPED)
+        return write_slots(kv, key, value, slot, programs=self.programs, compiler=self.compiler)
 
 
-def token_slots(cache: KVCache, counts: Int[Array, " B"], num_tokens: int) -> Int[Array, "B T"]:
-    """The slot of each new token of each row, `DROPPED` for padding.
+NKI_WRITER = NkiWriter()
+NKI_WRITER_INTERPRET = NkiWriter(compiler=_INTERPRETED, self_test=False, name="nki_interpret")
 
-    Of more tokens than a ring has slots only the last ones get one: no slot is written twice.
-    """
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    slots = cache.lengths[:, None] + token
-    keep = token < counts[:, None]
-    if isinstance(cache, RingKVCache):
-        keep &= token >= counts[:, None] - cache.capacity
-        slots = jnp.remainder(slots, cache.capacity)
-    return jnp.where(keep, slots, DROPPED)
+
+def _kernel_limits(problem: "WriteProblem") -> str | None:
+    """Why the kernel cannot write into such a cache, in words; None if it can."""
+    name, width = problem.layout.name, problem.shape.head_dim
+    if name != Paged.name and name not in DENSE_LAYOUTS:
+        return f"the append kernel knows no {name} caches"
+    numbers = int(np.prod(problem.stored_shape))
+    rows = numbers if name == BKHS.name else numbers // max(width, 1)
+    if rows > MAX_ROWS:
+        return (
+            f"the cache has {rows} rows (of transposed keys: elements), and a DMA indexes "
+            f"{MAX_ROWS} of them: split it by batch or head, or use BKSH instead of BKHS"
+        )
+    return None
 
 
 def write_slots(
@@ -84,7 +105,7 @@ def write_slots(
     slots: Int[Array, "B T"],
     *,
     programs: int = 2,
-    compiler: "KernelCompiler | None" = None,
+    compiler: KernelCompiler = _INTERPRETED,
 ) -> Layout:
     """Writes token t of row b to slot `slots[b, t]`; slots outside [0, S) are dropped.
 
@@ -94,19 +115,17 @@ def write_slots(
         value: new values.
         slots: integers, no slot of a row twice.
         programs: of the launch.
-        compiler: see `append`.
+        compiler: by default the interpreter, on the CPU; `NkiJit()` on a Neuron device.
 
     Raises:
-        NotImplementedError: for another layout.
-        ValueError: if shapes do not match, or row numbers of the cache do not fit an int32.
+        ValueError: if shapes do not match.
     """
     from jax_tkg.nki.append import append as kernel
-    from jax_tkg.nki.implementation import Interpreter
 
     arrays, plan = append_arguments(kv, key, value, slots, programs=programs)
     result = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays[:2])
     launch = Launch(kernel, arrays, result, plan, ALIASES)
-    new_key, new_value = (compiler or Interpreter()).call(launch, programs)
+    new_key, new_value = compiler.call(launch, programs)
     return replace(kv, key=_as_stored(new_key, kv.key), value=_as_stored(new_value, kv.value))
 
 
@@ -121,8 +140,7 @@ def append_arguments(
     """The arrays of a launch in the kernel's order, and its plan; see `write_slots`.
 
     Raises:
-        NotImplementedError: for another layout.
-        ValueError: if shapes do not match, or row numbers of the cache do not fit an int32.
+        ValueError: if shapes do not match.
     """
     from jax_tkg.nki.append import make_append_plan
 
@@ -171,8 +189,7 @@ def _rows(kv: KVLayout, slots: Int[Array, "B T"]) -> tuple[Array, Array]:
     if isinstance(kv, Paged):
         rows = _paged_rows(kv, slots)
         return rows, rows
-    if not isinstance(kv, DenseLayout):
-        raise NotImplementedError(f"the append kernel knows no {kv.name} caches.")
+    assert isinstance(kv, DenseLayout)
     shape = kv.shape
     batch = jnp.arange(shape.batch, dtype=jnp.int32)[:, None, None]
     head = jnp.arange(shape.num_kv_heads, dtype=jnp.int32)
@@ -184,7 +201,7 @@ def _rows(kv: KVLayout, slots: Int[Array, "B T"]) -> tuple[Array, Array]:
         unit = 1 if axes[-1] == "S" else width
         at = {"B": batch, "K": head, "S": slot}
         sizes = {"B": shape.batch, "K": shape.num_kv_heads, "S": shape.kv_len, "H": width // unit}
-        total = _checked_total(int(np.prod([sizes[a] for a in axes])))
+        total = int(np.prod([sizes[a] for a in axes]))
         row = jnp.zeros((), jnp.int32)
         for axis in axes:
             row = row * sizes[axis] + at.get(axis, 0)
@@ -195,7 +212,7 @@ def _rows(kv: KVLayout, slots: Int[Array, "B T"]) -> tuple[Array, Array]:
 
 def _paged_rows(kv: Paged, slots: Int[Array, "B T"]) -> Array:
     pages, heads, page_len, _ = kv.key.shape
-    total = _checked_total(pages * heads * page_len)
+    total = pages * heads * page_len
     inside = (slots >= 0) & (slots < kv.shape.kv_len)
     slot = jnp.where(inside, slots, 0)
     page = jnp.take_along_axis(kv.page_indices, slot // page_len, axis=1, mode="clip")
@@ -203,12 +220,3 @@ def _paged_rows(kv: Paged, slots: Int[Array, "B T"]) -> Array:
     head = jnp.arange(heads, dtype=jnp.int32)
     row = (page.astype(jnp.int32)[:, :, None] * heads + head) * page_len
     return jnp.where(inside[:, :, None], row + (slot % page_len)[:, :, None], total)
-
-
-def _checked_total(rows: int) -> int:
-    if rows >= 2**31:
-        raise ValueError(
-            f"the cache has {rows} rows (of transposed keys: elements), and a DMA indexes 2^31 - 1 "
-            "of them: split it by batch or head, or use BKSH instead of BKHS."
-        )
-    return rows

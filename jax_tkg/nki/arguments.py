@@ -32,6 +32,11 @@ def kernel_limits(problem: AttentionProblem) -> str | None:
         return f"the kernel takes caches in {', '.join(LAYOUTS)}, not {problem.kv.name}"
     if problem.num_tokens > MAX_TOKENS:
         return f"T = {problem.num_tokens} new tokens; the kernel takes at most {MAX_TOKENS}"
+    if problem.exchange:
+        return (
+            "the kernel exchanges nothing with other devices: merge its parts at the end, with "
+            'AttentionSharding(merge="deferred")'
+        )
     return None
 
 
@@ -60,7 +65,9 @@ def plan_kernel(
         raise ValueError(f"unseen_values {unseen_values!r}: must be 'any' or 'finite'.")
     from jax_tkg.nki.plan import Features, make_plan
 
-    rule, holes, placed = problem.rule, problem.kv.has_holes, problem.has_positions
+    rule, placed = problem.rule, problem.has_positions
+    from_dense = hides_in_dense(problem)
+    holes = problem.kv.has_holes and not from_dense
     is_ragged = (
         problem.has_lengths
         or problem.has_starts
@@ -78,8 +85,10 @@ def plan_kernel(
         has_mask=problem.mask is not None,
         has_bias=problem.bias is not None,
         has_scales=has_scales,
-        needs_mask=is_ragged or holes or placed or sees_later,
+        needs_mask=not from_dense and (is_ragged or holes or placed or sees_later),
         has_low=problem.has_starts or rule.window is not None or placed,
+        sees_alike=problem.num_tokens == 1
+        or (problem.has_new_kv and rule.window is None and not problem.has_query_positions),
         is_ragged=is_ragged,
         clears_values=problem.is_padded and unseen_values == "any",
     )
@@ -100,6 +109,14 @@ def plan_kernel(
     )
 
 
+def hides_in_dense(problem: AttentionProblem) -> bool:
+    """Whether the dense mask, made ready in JAX, also hides what positions and pages hide.
+
+    It can where it has a number for every row and token anyway.
+    """
+    return problem.mask is not None and problem.mask[::2] == (problem.batch, problem.num_tokens)
+
+
 def kernel_arguments(
     problem: AttentionProblem, ops: Operands, plan: "KernelPlan"
 ) -> dict[str, Array]:
@@ -118,17 +135,27 @@ def kernel_arguments(
         positions = default_query_positions(total, problem.num_tokens)
     interval = problem.rule.interval(positions, start[:, None], (total - beside)[:, None])
     bounds = jnp.stack([jnp.broadcast_to(x, positions.shape) for x in interval])
+    if plan.features.sees_alike:
+        bounds = bounds[:, :, :1]
     arrays: dict[str, Any] = {
         "query": ops.query.astype(dtype),
         "key": storage.logical(ops.kv.key, ops.kv.dtype),
         "value": storage.logical(ops.kv.value, ops.kv.dtype),
         "bounds": bounds.astype(jnp.float32),
         "positions": ops.key_positions,
-        "page_rows": page_rows(ops.kv, plan.run) if isinstance(ops.kv, Paged) else None,
+        "page_rows": None,
         "sinks": _sinks(problem, ops),
-        "hidden": None if ops.mask is None else _by_key(~ops.mask, plan).astype(jnp.uint8),
+        "hidden": None,
         "bias": None if ops.bias is None else _by_key(ops.bias, plan).astype(jnp.float32),
     }
+    if ops.mask is not None:
+        seen = ops.mask[..., : plan.slots]
+        if hides_in_dense(problem):
+            seen &= _seen_slots(ops, interval)[:, None]
+        arrays["hidden"] = _by_key(~seen, plan).astype(jnp.uint8)
+    if isinstance(ops.kv, Paged):
+        rows = page_rows(ops.kv, plan.run)
+        arrays["page_rows"] = rows if plan.features.has_holes else jnp.maximum(rows, 0)
     if problem.has_new_kv:
         arrays |= _new_arrays(problem, ops, positions, start, total)
     if has_scales(ops):
@@ -141,6 +168,17 @@ def kernel_arguments(
         )
         arrays |= zip(("live_counts", "live_starts", "live_edges"), placed, strict=True)
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _seen_slots(ops: Operands, interval: tuple[Array, Array]) -> Array:
+    """Which slots each token sees by position, where there is a page: `[B, T, S]`."""
+    positions = ops.key_positions
+    if positions is None:
+        positions = jnp.arange(ops.kv.shape.kv_len, dtype=jnp.int32)[None]
+    low, high = (x[:, :, None] for x in interval)
+    seen = (positions[:, None] >= low) & (positions[:, None] < high)
+    usable = ops.kv.usable()
+    return seen if usable is None else seen & usable[:, None]
 
 
 def _by_key(dense: Array, plan: "KernelPlan") -> Array:
@@ -169,6 +207,8 @@ def _new_arrays(
         start[:, None, None],
         total[:, None, None],
     )
+    if ops.new_seen is not None:
+        seen &= ops.new_seen[:, None, None]
     seen = jnp.broadcast_to(seen[:, None], (batch, heads, tokens, tokens))  # b, n, key, token
 
     def by_key(dense: Array) -> Array:

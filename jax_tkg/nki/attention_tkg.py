@@ -22,6 +22,7 @@ from jax_tkg.nki.steps.load import (
     load_keys,
     load_rows,
     loads_by_rows,
+    operand_dtype,
     rows_of,
     start_rows,
 )
@@ -114,7 +115,7 @@ def attend(inputs: Inputs, out: Any, lse_out: Any, rotated: Any, plan: KernelPla
         for group in block.groups:
             attend_known_tiles(inputs, rotated, rows_of(bufs, group), consts, group, plan)
         if plan.live != None:  # noqa: E711
-            tables = load_live_tables(inputs, block, plan)
+            tables = load_live_tables(inputs, consts, block, plan)
             for sequence in block.sequences:
                 attend_live_tiles(inputs, tables, rows_of(bufs, sequence), consts, sequence, plan)
         fa_finalize_and_store(out, lse_out, bufs, inputs, consts, block, plan)
@@ -211,14 +212,14 @@ def attend_tile(
     """
     dtype = bufs.query[0].dtype
     logits = allocate_qk_buffers(tile, group)
+    pages = find_pages(inputs, tile, place, group, plan)
     sources = []
-    for i in range(group.pairs):
-        source = cache_source(inputs, group, i, plan)
-        if tile.cached:
-            find_pages(source, tile, place, plan)
+    if tile.cached:
+        for i in range(group.pairs):
+            source = cache_source(inputs, pages, group, i, plan)
             keys = load_keys(source, dtype, tile, place, plan)
             compute_qk_matmul(logits, keys, loads_by_rows(source, dtype), bufs, i, tile, group)
-        sources.append(source)
+            sources.append(source)
     new = None
     if tile.new:
         new = load_new_keys(inputs, rotated, dtype, consts, tile, group, plan)
@@ -226,7 +227,7 @@ def attend_tile(
             compute_new_qk_matmul(logits, new, bufs, i, tile, group)
     shape_logits(logits, consts, tile, group, plan)
     add_bias(logits, inputs, place, tile, group, plan)
-    unseen = mask_cached(logits, sources, inputs, consts, place, tile, group, plan)
+    unseen = mask_cached(logits, pages, inputs, consts, place, tile, group, plan)
     mask_new(logits, inputs, tile, group, plan)
     tile_max = cascaded_max_reduce(logits, group)
     fa_update_running_max(tile_max, bufs, is_first, plan)
@@ -256,9 +257,10 @@ def add_values(
     for i in range(group.pairs):
         for k in range(len(tile.cached)):
             piece = tile.cached[k]
+            dtype = operand_dtype(sources[i].values, weights.dtype)
             values = load_rows(
-                sources[i].values, sources[i], plan.value_head_dim, weights.dtype, k, place, tile,
-            )  # fmt: skip
+                sources[i].values, sources[i], plan.value_head_dim, dtype, k, place, tile
+            )
             if unseen != None:  # noqa: E711
                 columns = nl.ds(piece.column, piece.subtiles)
                 clear_unseen_values(values, unseen[0 : piece.partitions, columns, i])

@@ -12,6 +12,9 @@ LOWEST_MAX = -1.0e30
 MASKED = -3.0e38
 """A masked logit; finite, so that no difference of two is NaN."""
 
+NOWHERE = 2.0**30
+"""Added to the position of a slot that has no page: no row sees so far."""
+
 
 @dataclass
 class Inputs(nl.NKIObject):
@@ -21,7 +24,7 @@ class Inputs(nl.NKIObject):
         query: `[B, T, N, H]`; or in SBUF, `[H, B * N * T]` with H up to 128, in the order b, n, t.
         key, value: the cache in the plan's layout.
         bounds: float32 `[2, B, T]`: token t of row b sees positions bounds[0] <= p < bounds[1] of
-            the cache.
+            the cache; `[2, B, 1]` where all tokens see the same.
         positions: int32 `[B, S]`, position of each slot; None where slot s holds position s.
         page_rows: int32 `[B, K, S / n]`: of a paged cache, the row of every n slots in the pool
             seen as `[rows, n * H]`; -1 where there is no page.
@@ -75,15 +78,27 @@ class KeySource(nl.NKIObject):
         keys: `[S, H]`, or `[H, S]` where they are transposed, or a pool `[rows, n * H]`.
         values: `[S, Hv]` or a pool.
         is_transposed: see `keys`.
-        page_rows: int32 `[S / n]`, the row of every n slots in the pools; None without pages.
-        rows: of a tile, for each piece the rows of its partitions, int32 `[p, 1]`.
-        holes: likewise, uint8 `[p, 1]`, 1 where there is no page; empty where that cannot be.
+        is_paged: they lie in a pool.
+        rows: of a tile in a pool, int32 `[128, pieces]`: the row of each partition of each piece.
     """
 
     keys: Any
     values: Any
     is_transposed: bool
-    page_rows: Any
+    is_paged: bool
+    rows: Any
+
+
+@dataclass
+class Pages(nl.NKIObject):
+    """Where a row group finds the cached keys of a tile in a pool of pages.
+
+    Attributes:
+        rows: int32 `[128, b, k, pieces]`: the row of each partition of each piece.
+        holes: float32 `[128, pieces, b]`: `NOWHERE` where there is no page, else 0; None where that
+            cannot be.
+    """
+
     rows: Any
     holes: Any
 
@@ -172,8 +187,9 @@ class Constants(nl.NKIObject):
 
     Attributes:
         ones: `[128, 128]` float32: a matmul with it adds over partitions and broadcasts.
-        low, high: bounds of visible positions `[128, B, T]`, the same in every partition.
+        low, high: bounds of visible positions `[128, B, T or 1]`, or None.
         logit_scales, value_scales: `[128, B * K]`, or None.
+        live_edges: `[128, B, 2, W]`, see `Inputs.live_edges`, or None.
         turns: of `load_turns`, or None.
     """
 
@@ -182,6 +198,7 @@ class Constants(nl.NKIObject):
     high: Any
     logit_scales: Any
     value_scales: Any
+    live_edges: Any
     turns: Any
 
 

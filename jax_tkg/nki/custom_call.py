@@ -8,7 +8,6 @@ nothing here is ever mapped, differentiated or typed: it sees one launch on one 
 import base64
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -55,16 +54,16 @@ class NkiJit:
 
     def why_not(self, programs: int) -> str | None:
         """The toolchain, or a runtime set up for another number of programs."""
-        cores = os.environ.get("NEURON_LOGICAL_NC_CONFIG", "")
-        if cores.isdigit() and int(cores) != programs:
-            return (
-                f"NEURON_LOGICAL_NC_CONFIG={cores}, and this launches {programs} program(s): use "
-                f"jax_tkg.nki.implementation.Nki(programs={cores})"
-            )
-        return toolchain.why_not()
+        return toolchain.wrong_programs(programs) or toolchain.why_not()
 
     def call(self, launch: Launch, programs: int) -> Sequence[Array]:
-        """Calls the kernel as a function of traced arrays."""
+        """Calls the kernel as a function of traced arrays.
+
+        Raises:
+            RuntimeError: if the runtime is set up for another number of programs.
+        """
+        if (reason := toolchain.wrong_programs(programs)) is not None:
+            raise RuntimeError(f"{reason}.")
         function, arguments = written_out(launch)
         kernel = _jitted(function)
         results = (kernel[programs] if programs > 1 else kernel)(*arguments)

@@ -1,7 +1,7 @@
 """The decode kernel as two implementations of the op: on a Neuron device, and interpreted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax_tkg._typing import Array
 from jax_tkg.nki.arguments import Launch, Named, kernel_limits, make_launch, plan_kernel
 from jax_tkg.nki.custom_call import KernelCompiler, NkiJit
+from jax_tkg.nki.toolchain import default_programs
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem, Op
@@ -51,9 +52,18 @@ def target_limits(compiler: KernelCompiler, target: Target) -> str | None:
     if target.auto_partitioned:
         return (
             "the compiler may split the arrays between devices, and can only gather them for "
-            "a kernel: call it inside jax.shard_map, where each device launches it on its shard"
+            "a kernel: say how they lie with sharding=jax_tkg.sharding.AttentionSharding(mesh, "
+            "...), or call it inside jax.shard_map; then each device launches it on its shard"
         )
     return None
+
+
+def default_device(platform: str) -> jax.Device | None:
+    """The device that programs of a platform run on by default; None if it is not here."""
+    try:
+        return jax.local_devices(backend=platform)[0]
+    except RuntimeError:
+        return None
 
 
 def ask_known_answer(implementation: object, platform: str) -> None:
@@ -64,11 +74,8 @@ def ask_known_answer(implementation: object, platform: str) -> None:
     """
     from jax_tkg.nki.self_test import check_device
 
-    try:
-        device = jax.local_devices(backend=platform)[0]
-    except RuntimeError:  # lowered for a platform that is not here
-        return
-    check_device(implementation, device)
+    if (device := default_device(platform)) is not None:
+        check_device(implementation, device)
 
 
 _COMPILED: KernelCompiler = NkiJit()
@@ -92,7 +99,7 @@ class Nki:
 
     op: ClassVar[Op] = Op.TKG
 
-    programs: int = 2
+    programs: int = field(default_factory=default_programs)
     exchange: str = "deferred"
     unseen_values: str = "any"
     compiler: KernelCompiler = _COMPILED

@@ -8,8 +8,9 @@ value head_dim. A pair is one KV head of one sequence; its M = G * T logit rows 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from jax_tkg.nki.describe import describe
 from jax_tkg.nki.dialect import nl
 from jax_tkg.nki.rows import BANK_ELEMENTS, PARTITIONS, RowBlock, blocks_of, row_groups
 from jax_tkg.nki.tiles import PAGED_RUN, KeyTile, key_tile, key_tiles, paged_run
@@ -83,6 +84,7 @@ class Features(nl.NKIObject):
         has_scales: keys and values of each KV head have a scale.
         needs_mask: some row may not see some slot, by position.
         has_low: by position, a slot may also be too early.
+        sees_alike: by position, all new tokens of a row see the same cached slots.
         rotary: the kernel rotates queries and new keys: "half" (channel i with i + pairs),
             "interleaved" (2i with 2i + 1) or None.
         is_ragged: which slots are live is known at run time only.
@@ -100,6 +102,7 @@ class Features(nl.NKIObject):
     has_scales: bool = False
     needs_mask: bool = True
     has_low: bool = True
+    sees_alike: bool = False
     rotary: str | None = None
     is_ragged: bool = False
     clears_values: bool = True
@@ -125,6 +128,7 @@ class KernelPlan(nl.NKIObject):
         live: the loop over live tiles, or None where all tiles are known.
         reason: why this sharding.
         text: all this in a line.
+        diagram: and for each program, with what they exchange: see `jax_tkg.nki.describe`.
     """
 
     batch: int
@@ -148,10 +152,11 @@ class KernelPlan(nl.NKIObject):
     live: LiveTiles | None
     reason: str
     text: str
+    diagram: str
 
     def __str__(self) -> str:
-        """A line: programs, rows, keys."""
-        return self.text
+        """The line and the diagram."""
+        return self.text + "\n" + self.diagram
 
 
 def choose_sharding(
@@ -231,7 +236,10 @@ def make_plan(
     side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
     widest = max(g.rows for groups in side_by_side for g in groups)
     most = max(1, min(max_keys // PARTITIONS, LOGIT_BANKS * (BANK_ELEMENTS // widest)))
-    run = paged_run(page_len, most) if page_len else 0
+    share = slots if sharding != "sequence" else math.ceil(slots / programs)
+    if is_loop:  # whose tiles are equal
+        share = math.ceil(share / math.ceil(share / (PARTITIONS * most)))
+    run = paged_run(page_len, most, share) if page_len else 0
     tiles = _known_tiles(sharding, programs, 0 if is_loop else slots, tokens, most, run, features)
     live = None
     if is_loop:
@@ -247,7 +255,7 @@ def make_plan(
     raw_unit = raw_unit if features.soft_cap is None else features.soft_cap
     sizes = {"batch": batch, "tokens": tokens, "slots": slots, "heads": heads}
     widths = {"kv_heads": kv_heads, "head_dim": head_dim, "value_head_dim": value_head_dim}
-    return KernelPlan(
+    plan = KernelPlan(
         **sizes,
         **widths,
         layout=layout,
@@ -264,7 +272,9 @@ def make_plan(
         live=live,
         reason=reason,
         text=_text(programs, sharding, reason, exchange, shares[0], live),
+        diagram="",
     )
+    return replace(plan, diagram=describe(plan))
 
 
 def _known_tiles(

@@ -55,6 +55,54 @@ def check_device(implementation: Any, device: jax.Device) -> None:
             )
 
 
+@cache
+def check_append(writer: Any, device: jax.Device) -> None:
+    """Writes a few tokens into small caches on a device and compares their bits; once for each.
+
+    Args:
+        writer: of caches; see `jax_tkg.cache.writing`.
+        device: where to run it.
+
+    Raises:
+        SelfTestError: if a bit is off; with the versions of the toolchain.
+    """
+    for dtype, scale in ((jnp.bfloat16, None), (np.int8, 0.03)):
+        with ThreadPoolExecutor(1) as thread:
+            found, wanted = thread.submit(_append, writer, device, dtype, scale).result()
+        if found.tobytes() != wanted.tobytes():
+            raise SelfTestError(
+                f"{writer.name} writes wrong {np.dtype(dtype).name} keys into a cache on {device}"
+                f'{_zeros(found)} ({toolchain.describe()}). Append with implementation="xla" '
+                f"with this toolchain; {type(writer).__name__}(self_test=False) runs the kernel "
+                "all the same."
+            )
+
+
+def _append(
+    writer: Any, device: jax.Device, dtype: Any, scale: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The keys of a cache `[B, S, K, H]` after an append, and what NumPy makes of them."""
+    from jax_tkg.cache.layouts import BSKH
+
+    batch, tokens, slots, first = 2, 3, 16, (13, 15)  # the last tokens of row 1 run over the end
+    new = np.random.default_rng(0).standard_normal((batch, tokens, KV_HEADS, HEAD_DIM), np.float32)
+    scales = None if scale is None else np.full((1, KV_HEADS), scale, np.float32)
+    before = np.full((batch, slots, KV_HEADS, HEAD_DIM), 1, dtype)
+    wanted = before.copy()
+    for b, t in np.ndindex(batch, tokens):
+        if first[b] + t < slots:
+            kept = new[b, t] if scale is None else np.rint(new[b, t] / np.float32(scale))
+            wanted[b, first[b] + t] = kept.astype(dtype)
+    given = jax.device_put((before, before, new, np.array(first, np.int32), scales), device)
+
+    def write(key: Any, value: Any, new: Any, first: Any, scales: Any) -> Any:
+        kv = BSKH(key=key, value=value, k_scale=scales, v_scale=scales, dtype=np.dtype(dtype))
+        keep = jnp.ones((batch, tokens), bool)
+        return writer.write(kv, new, new, first, keep).key
+
+    return np.asarray(jax.jit(write)(*given)), wanted
+
+
 def _run(
     implementation: Any, device: jax.Device, arrays: tuple[np.ndarray, ...]
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Key tiles of the decode kernel: which keys are processed at once, and where they lie."""
 
+import math
 from dataclasses import dataclass
 
 from jax_tkg.nki.dialect import nl
@@ -7,6 +8,9 @@ from jax_tkg.nki.rows import PARTITIONS
 
 PAGED_RUN = 16
 """Most slots that a gather reads at once: with Hv = 128 in 16 bits, 4 KiB saturate DMA."""
+
+LEAST_RUN = 8
+"""Fewest that are worth a descriptor, and a gather that transposes, where a page has as many."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,15 @@ def key_tile(
     return KeyTile(start, cached, beside, keys, columns, every, is_masked, is_dirty)
 
 
-def paged_run(page_len: int, most: int) -> int:
-    """Slots that a gather reads at once: the most that divide a page, up to `PAGED_RUN`."""
-    return max(n for n in range(1, min(PAGED_RUN, most) + 1) if page_len % n == 0)
+def paged_run(page_len: int, most: int, slots: int) -> int:
+    """Slots that a gather reads at once, of a page of so many.
+
+    From `LEAST_RUN` to `PAGED_RUN` and a divisor of the page: so that a program's `slots` fill the
+    fewest columns of 128 partitions, and of those the most.
+    """
+    runs = [n for n in range(1, min(PAGED_RUN, most) + 1) if page_len % n == 0]
+    long = [n for n in runs if n >= LEAST_RUN] or runs[-1:]
+    return min(long, key=lambda n: (math.ceil(slots / (PARTITIONS * n)) * n, -n))
 
 
 def piece(

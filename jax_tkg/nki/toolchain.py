@@ -8,6 +8,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,12 @@ from pathlib import Path
 WRITTEN_FOR = "nki 0.6 (Neuron SDK 2.32)"
 OLDEST_NKI = (0, 4)
 """Before 0.4 a frozen dataclass, as plans are, could not be an argument (NKI release notes)."""
+
+LOGICAL_CORES = "NEURON_LOGICAL_NC_CONFIG"
+"""Environment variable of the Neuron runtime: physical cores in a logical one, 1 or 2."""
+
+MOST_PROGRAMS = 2
+"""Programs of a launch on a logical core of two; what is launched where nothing is set."""
 
 _DISTRIBUTIONS = {"nki": "nki", "neuronxcc.nki": "neuronx-cc"}
 """Importable packages in order of preference, and what installs them."""
@@ -69,6 +76,31 @@ def describe() -> str:
     """What is installed and what the kernels are written for, for messages."""
     found = ", ".join(map(str, installed())) or "no NKI compiler"
     return f"{found}; the kernels are written for {WRITTEN_FOR}"
+
+
+def default_programs() -> int:
+    """Programs of a launch: as many as the runtime's logical core has physical ones, by default 2.
+
+    The runtime reads the setting when it starts, and so do the options of the kernels: when made.
+    """
+    cores = os.environ.get(LOGICAL_CORES, "")
+    return int(cores) if cores in ("1", "2") else MOST_PROGRAMS
+
+
+def wrong_programs(programs: int) -> str | None:
+    """Why so many programs cannot be launched as the runtime is set up; None if they can."""
+    cores = os.environ.get(LOGICAL_CORES)
+    if cores is None or cores == str(programs):
+        return None
+    if cores not in ("1", "2"):
+        return (
+            f"{LOGICAL_CORES}={cores!r}: it must be 1 or 2, the cores of a logical core; unset it"
+        )
+    return (
+        f"{LOGICAL_CORES}={cores}, and this launches {programs} program(s): use "
+        f"jax_tkg.nki.implementation.Nki(programs={cores}), or start the process with "
+        f"{LOGICAL_CORES}={programs}"
+    )
 
 
 def _is_there(package: str) -> bool:

@@ -31,11 +31,12 @@ from jax_tkg.online.tiles import (
     without_unseen,
 )
 from jax_tkg.operands import Operands
-from jax_tkg.problem import AttentionProblem
+from jax_tkg.problem import AttentionProblem, Op
 from jax_tkg.softmax import HIGHEST
 
 BACKWARD_QUERIES, BACKWARD_TILE = 256, 1024
-"""Queries and keys a step: bounds the recomputed scores to `4 * B * N * 256 * 1024` bytes."""
+"""Queries and keys a step: bounds the recomputed scores to `4 * B * N * 256 * 1024` bytes, where
+they would be more than the keys and values are."""
 
 
 def attention_backward(
@@ -87,6 +88,17 @@ def attention_backward(
         sinks=None if ops.sinks is None else step.sink_cotangent(ops.sinks),
         alibi_slopes=_like(shared.slopes, ops.alibi_slopes),
     )
+
+
+def key_tile(problem: AttentionProblem, run: KeyRun) -> int:
+    """Keys a step: all of them where the queries are few.
+
+    Their scores are then no larger than the keys and values in float32 that are there anyway, and
+    nothing is cut out of slots that the compiler may have split between devices.
+    """
+    widths = problem.head_dim + problem.value_head_dim
+    few = problem.op is Op.TKG and problem.rows_per_head <= widths
+    return run.size if few else min(BACKWARD_TILE, run.size)
 
 
 def _float_arrays(kv: KVLayout) -> tuple[Array, ...]:
@@ -186,7 +198,7 @@ class _BackwardStep:
         grid = make_grid(
             self.problem,
             min(BACKWARD_QUERIES, self.problem.num_tokens),
-            min(BACKWARD_TILE, run.size),
+            key_tile(self.problem, run),
             beside=run is self.masks.beside,
         )
         pairs = jnp.asarray(grid.pairs())

@@ -23,7 +23,7 @@ def attend_blocks(
     problem: AttentionProblem, ops: Operands, plan: OnlinePlan
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Attention in float32 and its log-sum-exp."""
-    step = _BlockStep(problem, ops, plan)
+    step = BlockStep(problem, ops, plan)
     rows = (problem.batch, problem.num_kv_heads, problem.rows_per_head)
     state = SoftmaxState.init(rows, problem.value_head_dim)
     if problem.has_new_kv:
@@ -32,13 +32,16 @@ def attend_blocks(
         state = step.fold_slots(0, 0, state)
     else:
         state = lax.fori_loop(*step.trips(), step.fold_tile, state)
-    if ops.sinks is not None:
-        state = state.add_sink(grouped_sinks(ops.sinks, problem))
-    out, lse = state.finalize()
+    out, lse = add_sinks(state, problem, ops).finalize()
     return ungrouped(out, problem.num_tokens), ungrouped(lse, problem.num_tokens)
 
 
-class _BlockStep:
+def add_sinks(state: SoftmaxState, problem: AttentionProblem, ops: Operands) -> SoftmaxState:
+    """The state of all rows with the sinks, if there are any."""
+    return state if ops.sinks is None else state.add_sink(grouped_sinks(ops.sinks, problem))
+
+
+class BlockStep:
     """The steps of the loop: each folds some keys of every row into the state [B, K, G * T]."""
 
     def __init__(self, problem: AttentionProblem, ops: Operands, plan: OnlinePlan) -> None:
@@ -107,7 +110,11 @@ class _BlockStep:
             mixed = self._dot(weights.astype(self.plan.compute_dtype), value, contract=2)
             return mixed if v_scale is None else mixed * v_scale[:, :, None, None]
 
-        return state.update(logits, weigh)
+        return state.update(logits, weigh, self._agree if self.plan.exchange else None)
+
+    def _agree(self, peak: Array) -> Array:
+        """The maximum over the devices that have other keys of the same rows."""
+        return lax.pmax(peak, self.plan.exchange)
 
     def _dot(self, left: Array, right: Array, *, contract: int) -> Array:
         """`left [B, K, M, x]` with `right`, whose axis `contract` is x, accumulated in float32."""

@@ -1,14 +1,19 @@
 """How the online softmax walks a problem on a platform. Pure Python: make one, print it.
 
-Two forms share the maths:
+Three forms share the maths:
 
 - ROWS: a loop over (sequence, KV head), inside it a loop over tiles of keys that ends at that row's
   own length. Made for XLA:CPU, where a tile that stays in the L2 cache decides the speed.
 - BLOCKS: all rows at once, a loop over tiles of keys that ends at the longest live row; one block
-  and no loop when the scores are small. Plain, fusable, partitionable XLA.
+  and no loop when the scores are small. Plain, fusable XLA that partitions by rows and heads.
+- PARTS: BLOCKS where the compiler may split the slots too, and would gather every tile of
+  consecutive ones: a tile is a piece of each of m equal parts of the slots, which meet after the
+  loop. It costs most of the stop at the live length: parts that a row does not reach are computed
+  along with the first, so that the loop is shorter only for rows that live within S / m slots.
 """
 
 import enum
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +39,7 @@ class Form(enum.Enum):
 
     ROWS = "rows"
     BLOCKS = "blocks"
+    PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,12 @@ class Target:
         platforms: as JAX names them; more than one for a multi-platform export, none while not yet
             known.
         auto_partitioned: the compiler may split arrays between devices.
+        devices: between how many at most.
     """
 
     platforms: tuple[str, ...]
     auto_partitioned: bool = False
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,16 @@ class OnlinePlan:
 
     Attributes:
         form: the loop.
-        tile: keys in a tile; never more than S.
-        num_tiles: tiles in S; the last one overlaps its neighbour when they do not divide S.
+        tile: keys in a tile, of each part; never more than S.
+        num_tiles: tiles in S, or in a part of it; the last one overlaps its neighbour when they do
+            not divide it.
         dynamic_trips: the loop ends at the longest live length; otherwise it has a constant trip
             count, as Neuron needs.
         fold_heads: B and K become one batch dimension of the dots: XLA:CPU copies K for two.
         compute_dtype: dtype of the operands of the dots, which accumulate in float32.
         reason: why this form.
+        exchange: mapped axes with which the running maximum is exchanged on every tile.
+        parts: m, into which the slots are divided.
     """
 
     form: Form
@@ -72,6 +83,8 @@ class OnlinePlan:
     fold_heads: bool
     compute_dtype: np.dtype
     reason: str
+    exchange: tuple[str, ...] = ()
+    parts: int = 1
 
     def __str__(self) -> str:
         """One line for `explain`."""
@@ -81,12 +94,16 @@ class OnlinePlan:
             if self.num_tiles > 1
             else (f"one tile of {self.tile} keys")
         )
+        if self.parts > 1:
+            loop += f" of each of {self.parts} parts"
+        if self.exchange:
+            loop += f", maximum exchanged over {' x '.join(self.exchange)} on each"
         return f"{self.form.value}: {loop}; dots in {self.compute_dtype.name}; {self.reason}"
 
 
 def make_plan(problem: AttentionProblem, target: Target) -> OnlinePlan:
     """Chooses form, tile and dtype for a problem on a target."""
-    cpu = target.platforms == ("cpu",) and not target.auto_partitioned
+    cpu = target.platforms == ("cpu",) and not target.auto_partitioned and not problem.exchange
     return _plan_cpu(problem) if cpu else _plan_blocks(problem, target)
 
 
@@ -94,10 +111,10 @@ def _score_bytes(problem: AttentionProblem) -> int:
     return 4 * problem.batch * problem.num_heads * problem.num_tokens * problem.kv_len
 
 
-def _tiles(problem: AttentionProblem, tile: int) -> tuple[int, int]:
-    unit = problem.kv.slot_multiple
-    tile = min(max(tile // unit, 1) * unit, problem.kv_len)
-    return tile, -(-problem.kv_len // tile)
+def _tiles(problem: AttentionProblem, tile: int, parts: int = 1) -> tuple[int, int]:
+    unit, slots = problem.kv.slot_multiple, problem.kv_len // parts
+    tile = min(max(tile // unit, 1) * unit, slots)
+    return tile, -(-slots // tile)
 
 
 def _plan_cpu(problem: AttentionProblem) -> OnlinePlan:
@@ -121,10 +138,22 @@ def _plan_cpu(problem: AttentionProblem) -> OnlinePlan:
 
 
 def _plan_blocks(problem: AttentionProblem, target: Target) -> OnlinePlan:
-    small = _score_bytes(problem) <= BLOCK_SCORE_BYTES
-    tile, num_tiles = _tiles(problem, problem.kv_len if small else BLOCK_TILE)
-    dynamic = "neuron" not in target.platforms and num_tiles > 1
+    small = _score_bytes(problem) <= BLOCK_SCORE_BYTES and not problem.exchange
+    # Of a dense layout: a pool of pages has no order that could be split as slots are.
+    can_split = target.auto_partitioned and not small and not problem.kv.has_holes
+    parts = math.gcd(problem.kv_len, target.devices) if can_split else 1
+    tile, num_tiles = _tiles(problem, problem.kv_len if small else BLOCK_TILE, parts)
+    # Devices that exchange something on a tile must all come to it.
+    dynamic = "neuron" not in target.platforms and num_tiles > 1 and not problem.exchange
     where = "+".join(target.platforms) + (", partitioned" if target.auto_partitioned else "")
     return OnlinePlan(
-        Form.BLOCKS, tile, num_tiles, dynamic, False, problem.compute_dtype, f"for {where}"
+        form=Form.BLOCKS if parts == 1 else Form.PARTS,
+        tile=tile,
+        num_tiles=num_tiles,
+        dynamic_trips=dynamic,
+        fold_heads=False,
+        compute_dtype=problem.compute_dtype,
+        reason=f"for {where}",
+        exchange=problem.exchange,
+        parts=parts,
     )

@@ -132,6 +132,12 @@ class MaskTiles:
             first, behind = ops.key_bounds[..., 0], ops.key_bounds[..., 1]
             return jnp.maximum(low, first), jnp.minimum(high, behind)
 
+        def of_new_keys() -> tuple[Array, Array]:
+            low, high = interval(total)
+            return low, high if ops.new_seen is None else jnp.where(
+                ops.new_seen[:, None], high, low
+            )
+
         return cls(
             problem=problem,
             query_positions=at,
@@ -146,7 +152,7 @@ class MaskTiles:
             beside=KeyRun(
                 at if problem.has_query_positions else None,
                 total - new,
-                *interval(total),
+                *of_new_keys(),
                 size=new,
                 offset=problem.kv_len,
                 in_order=not problem.has_query_positions,

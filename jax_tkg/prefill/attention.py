@@ -3,15 +3,14 @@
 from typing import Any
 
 from jax_tkg._typing import Array, Bool, Float, Int, Num
-from jax_tkg.attention import ImplementationLike, Rows, prepare
+from jax_tkg.attention import ImplementationLike, Rows, prepare, run, sharding_of
 from jax_tkg.cache.kv_cache import KVCache
 from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.cache.storage import Scale
-from jax_tkg.implementations import candidates, choose
-from jax_tkg.online.plan import Target
-from jax_tkg.primitive import attend
+from jax_tkg.implementations import candidates
 from jax_tkg.problem import Op
 from jax_tkg.rope import RotaryEmbedding
+from jax_tkg.sharding.spec import AttentionSharding
 from jax_tkg.softmax import SoftmaxState
 
 
@@ -40,6 +39,7 @@ def attention_cte(
     rope: RotaryEmbedding | None = None,
     return_residual: bool = False,
     normalize: bool = True,
+    sharding: AttentionSharding | None = None,
     implementation: ImplementationLike = None,
 ) -> Any:
     """Attention of a prompt, or of a chunk of one, to itself and to the cache before it.
@@ -90,6 +90,7 @@ def attention_cte(
             `max [B, T, N]` is finite, the lowest float32 where nothing is seen. States over
             different keys `merge`; `finalize` divides. Gradients pass through `output` and `sum`,
             with `max` a constant, which is exact for everything that merging and dividing give.
+        sharding: as in `attention_tkg`; parts of the keys are merged "deferred".
         implementation: as in `attention_tkg`.
 
     Returns:
@@ -110,9 +111,9 @@ def attention_cte(
             "return_residual=True with normalize=False: a SoftmaxState has the log-sum-exp as "
             "max + log(sum); leave return_residual out."
         )
+    del arguments["sharding"]
     call = prepare(op=Op.CTE, **arguments)
-    choose(call.problem, Target(platforms=()), tried).require()
-    found = attend(call.problem, tried, call.operands)
+    found = run(call, tried, sharding_of(sharding, key))
     results = (
         found[0] if normalize else SoftmaxState(output=found[0], max=found[1], sum=found[2]),
         *((found[1],) * return_residual),

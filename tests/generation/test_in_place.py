@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import pytest
 
 from jax_tkg import Greedy
-from jax_tkg.generation import DecodeState, TokenPolicy, decode, prefill_chunk
+from jax_tkg.generation import (
+    DecodeState,
+    DraftModel,
+    PromptLookup,
+    SpeculativeState,
+    TokenPolicy,
+    decode,
+    decode_speculatively,
+    prefill_chunk,
+)
+from jax_tkg.generation.prompts import pad_prompts
 from tests.generation.tiny_model import HEAD_DIM, KV_HEADS, VOCAB, TinyModel
 from tests.hlo import cache_copies
 
@@ -44,6 +54,18 @@ def test_nor_does_the_prefill() -> None:
     tokens, counts = jnp.zeros((BATCH, CHUNK), jnp.int32), jnp.zeros(BATCH, jnp.int32)
     compiled = prefill_chunk.lower(model, state.caches, tokens, counts).compile()
     assert cache_copies(compiled, state.caches) == []
+
+
+@pytest.mark.parametrize("by_model", [False, True], ids=["lookup", "model"])
+def test_nor_does_the_speculative_loop(by_model: bool) -> None:
+    options = {"dtype": jnp.bfloat16}
+    model, first = start(**options)
+    prompts = pad_prompts([[1, 2]] * BATCH, None)
+    drafter = DraftModel(model, 2, options) if by_model else PromptLookup(2)
+    drafting = drafter.start(prompts, CAPACITY, CHUNK)
+    state = SpeculativeState.start(first, drafting, prompts, capacity=CAPACITY, max_new_tokens=9)
+    compiled = decode_speculatively.lower(model, drafter, state, policy=POLICY, num_steps=3)
+    assert cache_copies(compiled.compile(), (state.caches, state.drafting)) == []
 
 
 # Twins: loops that write one slot of a plain array in each step.

@@ -12,10 +12,17 @@ from flax import nnx
 
 from jax_tkg import Greedy, RingKVCache, RotaryEmbedding, generate
 from jax_tkg.flax_layers import AttentionConfig, DecoderConfig, LlamaDecoder
-from jax_tkg.generation import DecodeState, TokenPolicy, as_pytree, decode
+from jax_tkg.generation import (
+    DecodeState,
+    DraftModel,
+    PromptLookup,
+    TokenPolicy,
+    as_pytree,
+    decode,
+)
 from tests.hlo import cache_copies
 
-VOCAB, WIDTH, COUNT, CHUNK, WINDOW = 61, 48, 9, 8, 6
+VOCAB, WIDTH, COUNT, CHUNK, WINDOW, DRAFTED = 61, 48, 9, 8, 6, 3
 PROMPTS = [[5], list(range(20, 45)), [7, 8, 9, 10]]
 
 
@@ -62,6 +69,26 @@ def test_rings_hold_what_windows_need(decoder: LlamaDecoder) -> None:
         decoder, PROMPTS, max_new_tokens=30, prefill_chunk=CHUNK, cache_options=options
     )
     np.testing.assert_array_equal(result.tokens, expected.tokens)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_rings_forget_rejected_drafts(decoder: LlamaDecoder) -> None:
+    expected = generate(decoder, PROMPTS, max_new_tokens=30, prefill_chunk=CHUNK)
+    # The smallest rings that the window allows with four tokens a step.
+    options = {"prefill_chunk": DRAFTED + 1, "cache_options": {"ring_chunk": DRAFTED + 1}}
+    draft_model = DraftModel(make_decoder(seed=1), DRAFTED, options["cache_options"])
+    for drafter in (PromptLookup(DRAFTED), draft_model):
+        result = generate(decoder, PROMPTS, max_new_tokens=30, speculate=drafter, **options)
+        np.testing.assert_array_equal(result.tokens, expected.tokens)
+        assert result.acceptance is not None
+        accepted, drafted = result.acceptance.accepted.sum(), result.acceptance.drafted.sum()
+        assert 0 < accepted < drafted
+
+
+def test_rings_that_are_too_small_are_refused(decoder: LlamaDecoder) -> None:
+    options = {"prefill_chunk": 2, "cache_options": {"ring_chunk": 2}}
+    with pytest.raises(ValueError, match="too small for 4 new tokens with a sliding window"):
+        generate(decoder, PROMPTS, max_new_tokens=5, speculate=PromptLookup(DRAFTED), **options)
 
 
 def test_weights_are_arguments_of_the_loop(decoder: LlamaDecoder) -> None:

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_tkg import KVCache, RotaryEmbedding, attention_tkg
+from jax_tkg import KVCache, PagedKVCache, RotaryEmbedding, attention_tkg
+from jax_tkg.generation import last_real
 
 VOCAB, LAYERS = 50, 2
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 WIDTH = HEADS * HEAD_DIM
+PAGE_LEN = 8
 ROPE = RotaryEmbedding(base=1000.0)
 
 
@@ -51,6 +53,18 @@ class TinyModel:
     def next_token_logits(
         self, tokens: jax.Array, caches: tuple[KVCache, ...], counts: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        hidden, caches = self._hidden(tokens, caches, counts)
+        return normalised(last_real(hidden, counts)) @ self.output, caches
+
+    def __call__(
+        self, tokens: jax.Array, caches: tuple[KVCache, ...], counts: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        hidden, caches = self._hidden(tokens, caches, counts)
+        return normalised(hidden) @ self.output, caches
+
+    def _hidden(
+        self, tokens: jax.Array, caches: tuple[KVCache, ...], counts: jax.Array | None
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         batch, width = tokens.shape
         if counts is None:
             counts = jnp.full(batch, width, jnp.int32)
@@ -64,9 +78,7 @@ class TinyModel:
             out = attention_tkg(ROPE(query, positions), cache, query_positions=positions)
             x = x + out.reshape(batch, width, WIDTH) @ back
             new_caches.append(cache)
-        last = jnp.maximum(counts - 1, 0)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1, mode="clip")[:, 0]
-        return normalised(x) @ self.output, tuple(new_caches)
+        return x, tuple(new_caches)
 
     def oracle_logits(self, ids: list[int]) -> np.ndarray:
         """What follows a whole sequence, float64 `[VOCAB]`, without any cache."""
@@ -94,6 +106,20 @@ class TinyModel:
             assert logits[best] - logits[second] > 1e-3, "a tie: use another seed"
             ids.append(int(best))
         return ids[len(prompt) :]
+
+
+class PagedModel(TinyModel):
+    """Its caches are pages."""
+
+    def init_caches(self, batch: int, capacity: int, **options: Any) -> tuple[KVCache, ...]:
+        entries = -(-capacity // PAGE_LEN)
+        sizes = (batch, batch * entries, PAGE_LEN, entries, KV_HEADS, HEAD_DIM)
+        return tuple(PagedKVCache.create(*sizes, **options) for _ in self.layers)
+
+
+jax.tree_util.register_dataclass(
+    PagedModel, data_fields=["embed", "layers", "output"], meta_fields=[]
+)
 
 
 def normalised(x: Any) -> Any:

@@ -6,6 +6,7 @@ program has a twin with one mistake, which is found.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -37,7 +38,21 @@ from jax_tkg.neuron import check_module
 from jax_tkg.nki.cte.implementation import NkiPrefill
 from jax_tkg.nki.custom_call import Outline
 from tests.lowered import lower_for_neuron
-from tests.nki.golden.problems import OUTLINE, PROBLEMS, B, H, K, N, S, T, array, native_calls
+from tests.nki.golden.problems import (
+    APPEND_OUTLINE,
+    LAYER_FILE,
+    OUTLINE,
+    PROBLEMS,
+    B,
+    H,
+    K,
+    N,
+    S,
+    T,
+    array,
+    lowered_layer,
+    native_calls,
+)
 
 PREFILL_OUTLINE = NkiPrefill(compiler=Outline())
 BATCH, CAPACITY, LAYERS, VOCAB, WIDTH = 3, 512, 2, 61, 48
@@ -135,6 +150,32 @@ def test_flax_own_layer_with_our_attention() -> None:
     lowered = lower_for_neuron(step, variables, x.update(shape=(BATCH, 1, 32)))
     assert check_module(lowered) == ()
     assert len(native_calls(lowered)) == 1
+
+
+@pytest.mark.parametrize("kind", ["flat", "paged"])
+def test_a_decoder_layer_on_kernels(kind: str) -> None:
+    """Its decode step is an append, in place, and an attention; JAX has made the rest.
+
+    The golden file is made anew by `python -m tests.nki.golden.problems`.
+    """
+    lowered = lowered_layer(kind, OUTLINE, APPEND_OUTLINE)
+    assert check_module(lowered) == ()
+    calls = native_calls(lowered)
+    assert [call["func_name"] for call in calls] == ["append", "attention_tkg"]
+    assert calls == json.loads(LAYER_FILE.read_text())[kind]
+    assert lowered.as_text().count("tf.aliasing_output") >= 2
+    cache = calls[0]["operands"]["key"]
+    assert calls[0]["results"]["output_0"] == calls[1]["operands"]["key"] == cache
+
+
+@pytest.mark.parametrize(
+    ("attention", "append", "left"),
+    [("xla", APPEND_OUTLINE, ["append"]), (OUTLINE, "xla", ["attention_tkg"])],
+)
+def test_a_decoder_layer_with_a_kernel_less(attention: Any, append: Any, left: list[str]) -> None:
+    """The twins."""
+    calls = native_calls(lowered_layer("flat", attention, append))
+    assert [call["func_name"] for call in calls] == left
 
 
 # The generation loop

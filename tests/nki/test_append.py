@@ -15,7 +15,7 @@ from jax_tkg.nki import append as append_module
 from jax_tkg.nki import interpreter
 from jax_tkg.nki.append import append as kernel
 from jax_tkg.nki.append import make_append_plan
-from jax_tkg.nki.append_call import append, append_arguments, write_slots
+from jax_tkg.nki.append_call import MAX_ROWS, append_arguments, write_slots
 from jax_tkg.nki.custom_call import Outline
 from jax_tkg.nki.interpreter.lint import check
 
@@ -26,6 +26,11 @@ BATCH, HEADS, WIDTH, VALUE_WIDTH = 3, 2, 8, 6
 
 def test_the_compiler_accepts_its_language() -> None:
     assert check(kernel) == ()
+
+
+def append(cache: KVCache, *new: Any) -> KVCache:
+    """By the kernel, interpreted."""
+    return cache.append(*new, implementation="nki_interpret")
 
 
 def empty(kind: str, dtype: str, **options: Any) -> KVCache:
@@ -272,19 +277,21 @@ def test_the_aliased_lowering_has_no_copy(kind: str) -> None:
                    and "return" not in line and "@main" not in line)  # fmt: skip
 
 
-@pytest.mark.usefixtures("no_shape_checks")
 def test_a_cache_too_large_to_index_is_refused() -> None:
-    kv = empty("BKHS", "bfloat16", as_bits=False).kv
-    large = jax.eval_shape(lambda: jnp.zeros((BATCH, HEADS, WIDTH, 2**26), jnp.bfloat16))
-    values = jax.eval_shape(lambda: jnp.zeros((BATCH, HEADS, 2**26, VALUE_WIDTH), jnp.bfloat16))
-    slots = jnp.zeros((BATCH, 1), jnp.int32)
+    """A DMA indexes 2^31 - 1 rows; of transposed keys every element is one."""
 
-    def rows(key: Any, value: Any) -> Any:
-        huge = type(kv)(**vars(kv) | {"key": key, "value": value})
-        return append_arguments(huge, *new_tokens(1), slots, programs=1)[0]
+    def refused(kind: str, slots: int) -> str | None:
+        cache = jax.eval_shape(
+            lambda: KVCache.create(4, slots, 8, 64, layout=kind, dtype="bfloat16")
+        )
+        choice = cache.explain_append(implementation="nki_interpret")
+        return None if choice.chosen else choice.rejected[0][1]
 
-    with pytest.raises(ValueError, match=r"a DMA indexes 2\^31 - 1"):
-        jax.eval_shape(rows, large, values)
+    assert refused("BKHS", MAX_ROWS // (4 * 8 * 64)) is None
+    assert refused("BKSH", MAX_ROWS // (4 * 8 * 64) + 1) is None
+    reason = refused("BKHS", MAX_ROWS // (4 * 8 * 64) + 1)
+    assert reason is not None
+    assert "use BKSH instead of BKHS" in reason
 
 
 @pytest.mark.usefixtures("no_shape_checks")

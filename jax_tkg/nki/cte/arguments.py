@@ -221,6 +221,8 @@ def _new_arrays(
     assert ops.new_value is not None
     source = plan.sources[1]
     low, high = _bounds(problem, ops, at, total)
+    if ops.new_seen is not None:
+        high = jnp.where(ops.new_seen[:, None], high, low)
     positions = at.astype(jnp.int32)
     if not source.has_positions:
         first = at[:, :1]

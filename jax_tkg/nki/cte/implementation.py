@@ -1,6 +1,6 @@
 """The prefill kernel as two implementations of the op: on a Neuron device, and interpreted."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax_tkg._typing import Array
 from jax_tkg.nki.cte.arguments import make_launch, plan_prefill, prefill_limits
 from jax_tkg.nki.custom_call import KernelCompiler, NkiJit
 from jax_tkg.nki.implementation import Interpreter, ask_known_answer, target_limits
+from jax_tkg.nki.toolchain import default_programs
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem, Op
@@ -31,7 +32,7 @@ class NkiPrefill:
 
     op: ClassVar[Op] = Op.CTE
 
-    programs: int = 2
+    programs: int = field(default_factory=default_programs)
     compiler: KernelCompiler = _COMPILED
     self_test: bool = True
     name: str = "nki"

@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from jax_tkg.nki.buffers import Inputs, LiveTables, Place
+from jax_tkg.nki.buffers import Constants, Inputs, LiveTables, Place
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
-from jax_tkg.nki.rows import PARTITIONS, RowBlock, RowGroup
-from jax_tkg.nki.steps.load import load_broadcast
+from jax_tkg.nki.rows import RowBlock, RowGroup
 from jax_tkg.nki.tiles import KeyTile
 
 FULL, EDGE, DIRTY = 0, 1, 2
 
 
-def load_live_tables(inputs: Inputs, block: RowBlock, plan: KernelPlan) -> LiveTables:
+def load_live_tables(
+    inputs: Inputs, consts: Constants, block: RowBlock, plan: KernelPlan
+) -> LiveTables:
     """Where the live tiles of the sequences of a block are, for this program."""
     live: Any = plan.live
     program, first = nl.program_id(0), block.sequences[0].first_batch
@@ -24,9 +25,7 @@ def load_live_tables(inputs: Inputs, block: RowBlock, plan: KernelPlan) -> LiveT
     starts = nl.ndarray((1, count, 2 * live.width), nl.int32, buffer=nl.sbuf)
     mine = inputs.live_starts[program, some].flatten_dims(1, 2)
     nisa.dma_copy(dst=starts, src=mine.expand_dim(0))
-    edges = load_broadcast(inputs.live_edges[program, some])
-    edges = edges.reshape((PARTITIONS, count, 2, live.width))
-    return LiveTables(first, counts, starts, edges)
+    return LiveTables(first, counts, starts, consts.live_edges[:, some])
 
 
 def for_each_live_tile(

@@ -4,9 +4,11 @@ from typing import Any
 
 from jax_tkg.nki.buffers import (
     LOWEST_MAX,
+    NOWHERE,
     Constants,
     Inputs,
     KeySource,
+    Pages,
     Place,
     RowBuffers,
     chunks,
@@ -14,37 +16,87 @@ from jax_tkg.nki.buffers import (
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rope import cos_sin_rows, load_turns, rotate_rows
-from jax_tkg.nki.rows import PARTITIONS, RowBlock, RowChunk, RowGroup, batch_of, kv_head_of
-from jax_tkg.nki.tiles import KeyTile, Piece
+from jax_tkg.nki.rows import (
+    BANK_ELEMENTS,
+    PARTITIONS,
+    RowBlock,
+    RowChunk,
+    RowGroup,
+    batch_of,
+    kv_head_of,
+)
+from jax_tkg.nki.tiles import LEAST_RUN, KeyTile, Piece
+
+GATHER_ROWS = 16
+"""A gather that transposes takes a multiple of so many rows."""
 
 TRANSPOSES = 4
 """Of keys, before they are copied out of PSUM: in float32 they fill a bank."""
 
 
-def load_broadcast(source: Any) -> Any:
-    """A small HBM tensor in every partition, flat: `[128, size]`."""
-    size = source.size
-    tile = nl.ndarray((PARTITIONS, size), source.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=tile, src=source.reshape((1, size)).broadcast(0, PARTITIONS))
-    return tile
+def load_broadcast(sources: Any, ones: Any) -> Any:
+    """Float32 tensors in HBM, in every partition, flat: a tile `[128, size]` for each.
+
+    They are read once: the Tensor engine repeats them all together, times 1 and exactly.
+
+    Args:
+        sources: a list of tensors of any shapes.
+        ones: float32 `[128, 128]` of 1.
+    """
+    total = 0
+    for source in sources:
+        total += source.size
+    once = nl.ndarray((1, total), nl.float32, buffer=nl.sbuf)
+    every = nl.ndarray((PARTITIONS, total), nl.float32, buffer=nl.sbuf)
+    tiles, first = [], 0
+    for source in sources:
+        part = nl.ds(first, source.size)
+        nisa.dma_copy(dst=once[:, part], src=source.reshape((1, source.size)))
+        tiles.append(every[:, part])
+        first += source.size
+    for start in range(0, total, BANK_ELEMENTS):
+        part = nl.ds(start, min(BANK_ELEMENTS, total - start))
+        mine = once[:, part]
+        repeated = nl.ndarray((PARTITIONS, mine.shape[1]), nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(dst=repeated, stationary=ones[0:1], moving=mine)
+        nisa.tensor_copy(dst=every[:, part], src=repeated)
+    return tiles
 
 
 def load_constants(inputs: Inputs, plan: KernelPlan) -> Constants:
     """What every step reads."""
     ones = nl.ndarray((PARTITIONS, PARTITIONS), nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=ones, value=1.0)
-    consts = Constants(ones, None, None, None, None, None)
-    features, shape = plan.features, (PARTITIONS, plan.batch, plan.tokens)
+    consts = Constants(ones, None, None, None, None, None, None)
+    features, sources = plan.features, []
     if features.needs_mask:
-        consts.high = load_broadcast(inputs.bounds[1]).reshape(shape)
-        if features.has_low:
-            consts.low = load_broadcast(inputs.bounds[0]).reshape(shape)
+        sources.append(inputs.bounds[1])
+    if features.needs_mask and features.has_low:
+        sources.append(inputs.bounds[0])
     if features.has_scales:
-        consts.logit_scales = load_broadcast(inputs.logit_scales)
-        consts.value_scales = load_broadcast(inputs.value_scales)
-    if features.rotary != None:  # noqa: E711  (the kernel language has no `is`)
+        sources.append(inputs.logit_scales)
+        sources.append(inputs.value_scales)
+    if plan.live != None:  # noqa: E711  (the kernel language has no `is`)
+        sources.append(inputs.live_edges[nl.program_id(0)])
+    if sources:
+        name_constants(consts, load_broadcast(sources, ones), plan)
+    if features.rotary != None:  # noqa: E711
         consts.turns = load_turns(inputs.rotary_table, PARTITIONS)
     return consts
+
+
+def name_constants(consts: Constants, tiles: Any, plan: KernelPlan) -> None:
+    """What was loaded for every partition, in the order in which it was."""
+    features, i = plan.features, 0
+    shape = (plan.batch, 1 if features.sees_alike else plan.tokens)
+    if features.needs_mask:
+        consts.high, i = tiles[i].reshape_dim(1, shape), i + 1
+    if features.needs_mask and features.has_low:
+        consts.low, i = tiles[i].reshape_dim(1, shape), i + 1
+    if features.has_scales:
+        consts.logit_scales, consts.value_scales, i = tiles[i], tiles[i + 1], i + 2
+    if plan.live != None:  # noqa: E711
+        consts.live_edges = tiles[i].reshape_dim(1, (plan.batch, 2, plan.live.width))
 
 
 def chunk_view(tensor: Any, chunk: RowChunk) -> Any:
@@ -142,19 +194,19 @@ def start_rows(bufs: RowBuffers) -> None:
         nisa.memset(dst=running, value=0.0)
 
 
-def cache_source(inputs: Inputs, group: RowGroup, i: int, plan: KernelPlan) -> KeySource:
-    """The cached keys of pair i of a group."""
+def cache_source(inputs: Inputs, pages: Any, group: RowGroup, i: int, plan: KernelPlan) -> Any:
+    """The cached keys of pair i of a group, a `KeySource`; `pages` is None without pages."""
     batch, head = batch_of(group, i), kv_head_of(group, i)
     if plan.layout == "paged":
-        rows = inputs.page_rows[batch, head]
+        rows = pages.rows[:, batch - group.first_batch, head - group.first_kv]
         keys, values = pool_rows(inputs.key, plan), pool_rows(inputs.value, plan)
-        return KeySource(keys, values, False, rows, [], [])
+        return KeySource(keys, values, False, True, rows)
     if plan.layout == "BSKH":
         keys, values = inputs.key[batch, :, head], inputs.value[batch, :, head]
-        return KeySource(keys, values, False, None, [], [])
+        return KeySource(keys, values, False, False, None)
     is_transposed = plan.layout == "BKHS"
     keys, values = inputs.key[batch, head], inputs.value[batch, head]
-    return KeySource(keys, values, is_transposed, None, [], [])
+    return KeySource(keys, values, is_transposed, False, None)
 
 
 def pool_rows(pool: Any, plan: KernelPlan) -> Any:
@@ -163,22 +215,38 @@ def pool_rows(pool: Any, plan: KernelPlan) -> Any:
     return pool.reshape((pages * heads * page_len // plan.run, plan.run * width))
 
 
-def find_pages(source: KeySource, tile: KeyTile, place: Place, plan: KernelPlan) -> None:
-    """Where the pages of a tile are: once for its keys and values."""
-    if source.page_rows == None:  # noqa: E711
-        return
-    every = source.page_rows[nl.ds(place.start, tile.keys // plan.run)]
+def find_pages(
+    inputs: Inputs, tile: KeyTile, place: Place, group: RowGroup, plan: KernelPlan
+) -> Any:
+    """Where the pages of a tile are, `Pages`: once for the keys and values of a row group."""
+    if plan.layout != "paged" or not tile.cached:
+        return None
+    batches, heads = group.batches, group.kv_heads
+    mine = inputs.page_rows[nl.ds(group.first_batch, batches), nl.ds(group.first_kv, heads)]
+    mine = mine[:, :, nl.ds(place.start, tile.keys // plan.run)]
+    rows = nl.ndarray((PARTITIONS, batches, heads, len(tile.cached)), nl.int32, buffer=nl.sbuf)
+    whole = 0
     for piece in tile.cached:
-        p = piece.partitions
-        rows = nl.ndarray((p, 1), nl.int32, buffer=nl.sbuf)
-        wanted = every[nl.ds(piece.start // plan.run, p)]
-        nisa.dma_copy(dst=rows, src=wanted.reshape_dim(0, (p, 1)))
-        if plan.features.has_holes and tile.is_masked:
-            hole = nl.ndarray((p, 1), nl.uint8, buffer=nl.sbuf)
-            nisa.tensor_scalar(dst=hole, data=rows, op0=nl.less, operand0=0.0)
-            nisa.tensor_scalar(dst=rows, data=rows, op0=nl.maximum, operand0=0.0)
-            source.holes.append(hole)
-        source.rows.append(rows)
+        if piece.partitions == PARTITIONS:
+            whole += 1
+    if whole:
+        runs = mine[:, :, nl.ds(0, whole * PARTITIONS)].reshape_dim(2, (whole, PARTITIONS))
+        for k in range(heads):
+            nisa.dma_copy(dst=rows[:, :, k, nl.ds(0, whole)], src=runs[:, k].permute((2, 0, 1)))
+    if whole < len(tile.cached):
+        p = tile.cached[whole].partitions
+        nisa.memset(dst=rows[:, :, :, whole], value=-1)
+        runs = mine[:, :, nl.ds(whole * PARTITIONS, p)]
+        nisa.dma_copy(dst=rows[0:p, :, :, whole], src=runs.permute((2, 0, 1)))
+    if not (plan.features.has_holes and tile.is_masked):
+        return Pages(rows, None)
+    holes = nl.ndarray((PARTITIONS, len(tile.cached), batches), nl.float32, buffer=nl.sbuf)
+    by_piece = rows[:, :, 0].permute((0, 2, 1))
+    nisa.tensor_scalar(
+        dst=holes, data=by_piece, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=NOWHERE
+    )
+    nisa.tensor_scalar(dst=rows, data=rows, op0=nl.maximum, operand0=0.0)
+    return Pages(rows, holes)
 
 
 def load_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: KernelPlan) -> Any:
@@ -190,6 +258,7 @@ def load_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
         return turn_keys(source, dtype, tile, place, plan)
     slots = nl.ds(place.start, tile.keys)
     loaded = []
+    dtype = operand_dtype(source.keys, dtype)
     for start, size in chunks(plan.head_dim):
         turned = nl.ndarray((size, tile.keys), dtype, buffer=nl.sbuf)
         if source.is_transposed:
@@ -200,11 +269,20 @@ def load_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
     return loaded
 
 
+def operand_dtype(stored: Any, dtype: Any) -> Any:
+    """In what type cached numbers wait for a matmul whose other operand has type `dtype`.
+
+    8-bit floats of the device stay as they are; the Tensor engine multiplies them by 16-bit ones.
+    """
+    is_small = stored.dtype == nl.float8_e4m3 or stored.dtype == nl.float8_e5m2
+    return stored.dtype if is_small and dtype != nl.float32 else dtype
+
+
 def loads_by_rows(source: KeySource, dtype: Any) -> bool:
     """Whether keys arrive as they lie in memory and are transposed on chip."""
     if source.is_transposed:
         return False
-    if source.page_rows != None:  # noqa: E711  (the kernel language has no `is`)
+    if source.is_paged:
         return True
     return dtype == nl.float32 or source.keys.dtype != dtype
 
@@ -223,6 +301,9 @@ def turn_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
         loaded.append(nl.ndarray((size, tile.keys), dtype, buffer=nl.sbuf))
     for k in range(len(tile.cached)):
         piece = tile.cached[k]
+        if gathers_turned(source, dtype, piece):
+            gather_turned(loaded, source, k, piece, plan)
+            continue
         rows = load_rows(source.keys, source, plan.head_dim, dtype, k, place, tile)
         p = piece.partitions
         for c in range(len(loaded)):
@@ -237,6 +318,26 @@ def turn_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
                 columns = nl.ds(piece.start + first * p, count * p)
                 nisa.tensor_copy(dst=loaded[c][:, columns], src=turned)
     return loaded
+
+
+def gathers_turned(source: KeySource, dtype: Any, piece: Piece) -> bool:
+    """Whether DMA transposes the keys that it gathers from pages: two bytes each, whole runs."""
+    if not source.is_paged or source.keys.dtype != dtype:
+        return False
+    turns = dtype != nl.float32 and piece.partitions % GATHER_ROWS == 0
+    return turns and piece.subtiles >= LEAST_RUN
+
+
+def gather_turned(loaded: Any, source: KeySource, k: int, piece: Piece, plan: KernelPlan) -> None:
+    """Keys of piece k from pages into `[h, keys]` tiles, column after column."""
+    p, n = piece.partitions, piece.subtiles
+    runs = source.keys.reshape((source.keys.shape[0], 1, n, plan.head_dim))
+    at = source.rows[0:p, k : k + 1].view(nl.uint32)
+    for c in range(len(loaded)):
+        size = loaded[c].shape[0]
+        mine = runs[:, :, :, nl.ds(c * PARTITIONS, size)]
+        columns = loaded[c][:, nl.ds(piece.start, piece.keys)].reshape_dim(1, (1, n, p))
+        nisa.dma_transpose(dst=columns, src=mine.vector_select(0, at))
 
 
 def load_rows(
@@ -255,9 +356,10 @@ def load_rows(
     piece = tile.cached[k]
     p, n = piece.partitions, piece.subtiles
     loaded = nl.ndarray((p, n, width), dtype, buffer=nl.sbuf)
-    if source.page_rows == None:  # noqa: E711
+    if not source.is_paged:
         mine = memory[nl.ds(place.start, tile.keys), :][nl.ds(piece.start, piece.keys), :]
         nisa.dma_copy(dst=loaded, src=mine.reshape_dim(0, (p, n)))
     else:
-        nisa.dma_copy(dst=loaded, src=memory.vector_select(0, source.rows[k]))
+        rows = source.rows[0:p, k : k + 1]
+        nisa.dma_copy(dst=loaded, src=memory.vector_select(0, rows))
     return loaded

@@ -13,7 +13,7 @@ from jax_tkg.nki.tiles import KeyTile
 
 def mask_cached(
     logits: Logits,
-    sources: Any,
+    pages: Any,
     inputs: Inputs,
     consts: Constants,
     place: Place,
@@ -32,8 +32,7 @@ def mask_cached(
         return None
     hidden: Any = None
     if tile.is_masked:
-        hidden = find_hidden(inputs, consts, place, tile, group, plan)
-        hide_holes(hidden, sources, tile, group)
+        hidden = find_hidden(inputs, pages, consts, place, tile, group, plan)
     if features.has_mask:
         hidden = join_dense(hidden, inputs, place, tile, group, plan)
     heads = hidden.shape[3]
@@ -46,6 +45,8 @@ def mask_cached(
             )
             if heads == 1:
                 mine = mine.broadcast(3, part.shape[3])
+            if mine.shape[4] == 1:
+                mine = mine.broadcast(4, group.tokens)
             nisa.tensor_copy_predicated(dst=part, src=MASKED, predicate=mine)
     if not tile.is_dirty:
         return None
@@ -54,22 +55,26 @@ def mask_cached(
 
 def find_hidden(
     inputs: Inputs,
+    pages: Any,
     consts: Constants,
     place: Place,
     tile: KeyTile,
     group: RowGroup,
     plan: KernelPlan,
 ) -> Any:
-    """Which cached keys the new tokens do not see by position: `[128, columns, b, 1, T]`."""
+    """Which cached keys new tokens do not see by position: `[128, columns, b, 1, T or 1]`."""
     columns, features = tile.cached_columns, plan.features
     batches = nl.ds(group.first_batch, group.batches)
-    shape = (PARTITIONS, columns, group.batches, plan.tokens)
+    tokens = consts.high.shape[2]
+    shape = (PARTITIONS, columns, group.batches, tokens)
     if features.has_positions:
         positions = load_positions(inputs, tile, group)
     else:
         slots = slot_numbers(place, tile)
         positions = slots.expand_dim(2).broadcast(2, group.batches)
-    every = positions.expand_dim(3).broadcast(3, plan.tokens)
+    if features.has_holes:
+        positions = beyond_holes(positions, pages.holes, tile, group)
+    every = positions.expand_dim(3).broadcast(3, tokens)
     hidden = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
     bound = consts.high[:, batches].expand_dim(1).broadcast(1, columns)
     nisa.tensor_tensor(dst=hidden, data1=every, data2=bound, op=nl.greater_equal)
@@ -84,21 +89,22 @@ def find_hidden(
             dst=elsewhere, data=slots, op0=nl.greater_equal, operand0=place.behind_counted
         )
         again = elsewhere.expand_dim(2).expand_dim(3)
-        again = again.broadcast(2, group.batches).broadcast(3, plan.tokens)
+        again = again.broadcast(2, group.batches).broadcast(3, tokens)
         nisa.tensor_tensor(dst=hidden, data1=hidden, data2=again, op=nl.logical_or)
     return hidden.expand_dim(3)
 
 
-def hide_holes(hidden: Any, sources: Any, tile: KeyTile, group: RowGroup) -> None:
-    """Hides the slots of a paged cache that have no page."""
-    for b in range(group.batches):
-        holes = sources[b * group.kv_heads].holes
-        for k in range(len(holes)):
-            piece = tile.cached[k]
-            columns = nl.ds(piece.column, piece.subtiles)
-            part = hidden[0 : piece.partitions, columns, b, 0]
-            every = holes[k].expand_dim(2).broadcast(1, piece.subtiles).broadcast(2, group.tokens)
-            nisa.tensor_tensor(dst=part, data1=part, data2=every, op=nl.logical_or)
+def beyond_holes(positions: Any, holes: Any, tile: KeyTile, group: RowGroup) -> Any:
+    """Positions `[128, columns, b]`, of slots without a page behind what any row sees."""
+    shape = (PARTITIONS, tile.cached_columns, group.batches)
+    moved = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+    pieces, run = len(tile.cached), tile.cached[0].subtiles
+    by_piece = positions.reshape_dim(1, (pieces, run))
+    every = holes.expand_dim(2).broadcast(2, run)
+    nisa.tensor_tensor(
+        dst=moved.reshape_dim(1, (pieces, run)), data1=by_piece, data2=every, op=nl.add
+    )
+    return moved
 
 
 def slot_numbers(place: Place, tile: KeyTile) -> Any:
@@ -136,11 +142,15 @@ def join_dense(
 ) -> Any:
     """Hidden by position or by the dense mask: `[128, columns, b, heads or 1, T]`."""
     dense = load_dense(inputs.hidden, nl.uint8, 1, place, tile, group, plan)
+    if hidden == None and dense.shape[3] == 1:  # noqa: E711
+        return dense
     joined = nl.ndarray(dense.shape, nl.uint8, buffer=nl.sbuf)
     if hidden == None:  # noqa: E711
         nisa.tensor_copy(dst=joined, src=dense)
         return joined
     every = hidden.broadcast(3, dense.shape[3])
+    if every.shape[4] == 1:
+        every = every.broadcast(4, group.tokens)
     nisa.tensor_tensor(dst=joined, data1=dense, data2=every, op=nl.logical_or)
     return joined
 
@@ -184,7 +194,7 @@ def find_unseen(hidden: Any, group: RowGroup) -> Any:
     columns, heads = hidden.shape[1], hidden.shape[3]
     if heads == 1:
         unseen = hidden[:, :, :, 0, 0]
-        if group.tokens > 1:
+        if hidden.shape[4] > 1:
             unseen = nl.ndarray((PARTITIONS, columns, group.batches), nl.uint8, buffer=nl.sbuf)
             nisa.tensor_reduce(dst=unseen, op=nl.minimum, data=hidden[:, :, :, 0, :], axis=3)
         by_head = unseen.expand_dim(3).broadcast(3, group.kv_heads)

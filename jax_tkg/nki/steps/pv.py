@@ -55,7 +55,7 @@ def clear_unseen_values(values: Any, unseen: Any) -> None:
     In words of four bytes where the values fit: half the work for 16-bit ones.
     """
     words = values
-    if values.dtype != nl.float32 and values.shape[2] % 2 == 0:
+    if values.dtype != nl.float32 and values.shape[2] % 4 == 0:
         words = values.view(nl.uint32)
     predicate = unseen.expand_dim(2).broadcast(2, words.shape[2])
     nisa.tensor_copy_predicated(dst=words, src=0, predicate=predicate)

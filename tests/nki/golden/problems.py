@@ -2,7 +2,7 @@
 
     python -m tests.nki.golden.problems
 
-writes calls.json beside this file anew; read the difference before committing it.
+writes calls.json and layer.json beside this file anew; read the difference before committing it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxlib.mlir import ir
 
 import jax_tkg
+from jax_tkg.flax_layers import AttentionConfig, DecoderConfig, LlamaDecoder
+from jax_tkg.nki.append_call import NkiWriter
 from jax_tkg.nki.custom_call import TARGET, NativeKernel, Outline
 from jax_tkg.nki.implementation import Nki
 from tests.lowered import lower_for_neuron, walk
 
 OUTLINE = Nki(compiler=Outline())
-"""The device's implementation without its compiler."""
+APPEND_OUTLINE = NkiWriter(compiler=Outline())
+"""The device's implementations without their compiler."""
 
 FILE = Path(__file__).with_name("calls.json")
+LAYER_FILE = Path(__file__).with_name("layer.json")
 
 B, T, N, K, H, S, PAGE = 2, 2, 8, 2, 64, 512, 64
 
@@ -125,5 +130,36 @@ def all_calls() -> dict[str, dict[str, Any]]:
     return found
 
 
+def lowered_layer(kind: str, implementation: Any, append_implementation: Any) -> Any:
+    """The decode step of a whole decoder layer: norm, projections, rotation, append, attention."""
+    attention = AttentionConfig(
+        model_dim=N * H, num_heads=N, num_kv_heads=K, head_dim=H, rope=jax_tkg.RotaryEmbedding(),
+        implementation=implementation, append_implementation=append_implementation,
+    )  # fmt: skip
+    config = DecoderConfig(vocab_size=64, num_layers=1, mlp_dim=64, attention=attention)
+    made = nnx.eval_shape(lambda: LlamaDecoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(made.layers[0])
+    given = {"dtype": jnp.bfloat16, "as_bits": False}
+    cache = {
+        "flat": lambda: jax_tkg.KVCache.create(B, S, K, H, **given),
+        "paged": lambda: jax_tkg.PagedKVCache.create(B, 32, PAGE, S // PAGE, K, H, **given),
+    }[kind]
+
+    def step(state: Any, x: jax.Array, cache: Any) -> Any:
+        return nnx.merge(graph, state)(x, cache, None)
+
+    x = array(B, 1, N * H)
+    return lower_for_neuron(jax.jit(step, donate_argnums=2), state, x, jax.eval_shape(cache))
+
+
+def layer_calls() -> dict[str, list[dict[str, Any]]]:
+    """What is in the file: the calls of a layer's decode step, in order."""
+    return {
+        kind: native_calls(lowered_layer(kind, OUTLINE, APPEND_OUTLINE))
+        for kind in ("flat", "paged")
+    }
+
+
 if __name__ == "__main__":
     FILE.write_text(json.dumps(all_calls(), indent=1) + "\n")
+    LAYER_FILE.write_text(json.dumps(layer_calls(), indent=1) + "\n")

@@ -1,0 +1,226 @@
+"""The compiled part of speculative decoding: draft, verify all drafts at once, take back the rest.
+
+    state = SpeculativeState.start(first, drafting, prompts, capacity=..., max_new_tokens=...)
+    emitted, state = decode_speculatively(model, drafter, state, key, policy=policy, num_steps=8)
+
+A step costs one pass of the model over `max_tokens + 1` tokens a row, and gives each row between
+one and that many. Rows advance each at its own speed. As in `jax_tkg.generation.loop` the trip
+count is static, a row that has ended is masked, and everything runs on Neuron.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_tkg._typing import Array, Key, Leaf
+from jax_tkg.generation.drafts import Drafter
+from jax_tkg.generation.loop import DecodeState, TokenPolicy, token_log_probs
+from jax_tkg.generation.model import ScoringModel, truncate_caches
+from jax_tkg.generation.prompts import PaddedPrompts
+from jax_tkg.generation.verification import verify
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["caches", "tokens", "lengths", "limits", "finished", "step", "drafting"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class SpeculativeState:
+    """A speculative generation between two steps.
+
+    Attributes:
+        caches: the model's; they hold every token but the newest.
+        tokens: int32 `[B, W]`, the prompt of each row and what was generated after it.
+        lengths: int32 `[B]`, tokens of each row.
+        limits: int32 `[B]`, where a row ends in any case.
+        finished: bool `[B]`, rows that have ended.
+        step: int32 `[]`, steps so far; it makes each step's random key.
+        drafting: the state of the drafter.
+    """
+
+    caches: Any
+    tokens: Leaf
+    lengths: Leaf
+    limits: Leaf
+    finished: Leaf
+    step: Leaf
+    drafting: Any
+
+    @classmethod
+    def start(
+        cls,
+        first: DecodeState,
+        drafting: Any,
+        prompts: PaddedPrompts,
+        *,
+        capacity: int,
+        max_new_tokens: int,
+    ) -> Self:
+        """The state with the first new token of each row.
+
+        Args:
+            first: from `DecodeState.start`; its caches are taken over.
+            drafting: from `Drafter.start`.
+            prompts: all that the caches hold.
+            capacity: of the caches; every row has place for one token more than it.
+            max_new_tokens: of each row, the first included.
+        """
+        longest = min(prompts.tokens.shape[1], capacity + 1)
+        tokens = np.zeros((len(prompts.lengths), capacity + 1), np.int32)
+        tokens[:, :longest] = prompts.tokens[:, :longest]
+        # Copied to the device, for they will be donated.
+        lengths = jnp.array(prompts.lengths)
+        limits = jnp.array(prompts.lengths + np.int32(max_new_tokens))
+        tokens, lengths, finished = _with_first(
+            jnp.array(tokens), lengths, limits, first.tokens, first.finished
+        )
+        return cls(first.caches, tokens, lengths, limits, finished, first.step, drafting)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "counts", "drafted", "log_probs"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Emitted:
+    """What one step gives, or several, with a first axis of steps; T is `max_tokens + 1`.
+
+    Attributes:
+        tokens: int32 `[B, T]`, new tokens of each row, the first `counts`.
+        counts: int32 `[B]`, how many; 0 only in a row that had ended.
+        drafted: int32 `[B]`, drafts that were verified.
+        log_probs: float32 `[B, T]`, as `token_log_probs`, of the same tokens; None if not asked.
+    """
+
+    tokens: Leaf
+    counts: Leaf
+    drafted: Leaf
+    log_probs: Leaf | None
+
+
+@partial(
+    jax.jit, static_argnames=("policy", "num_steps", "with_log_probs"), donate_argnames="state"
+)
+def decode_speculatively(
+    model: ScoringModel,
+    drafter: Drafter,
+    state: SpeculativeState,
+    key: Key[Array, ""] | None = None,
+    *,
+    policy: TokenPolicy,
+    num_steps: int,
+    with_log_probs: bool = False,
+) -> tuple[Emitted, SpeculativeState]:
+    """Takes `num_steps` steps, in one loop with that trip count.
+
+    Args:
+        model: as in `generate`, but a pytree (see `scoring_pytree`).
+        drafter: makes the drafts.
+        state: from `SpeculativeState.start` or an earlier call; is donated: use the returned one.
+        key: as for `decode`, the same in every call.
+        policy: static.
+        num_steps: static; each value is compiled once.
+        with_log_probs: static; whether to compute log-probabilities.
+
+    Returns:
+        What each step gave, its arrays with a first axis of `num_steps`; the state.
+    """
+
+    def step(state: SpeculativeState, _: None) -> tuple[SpeculativeState, Emitted]:
+        emitted, state = speculative_step(
+            model, drafter, state, key, policy=policy, with_log_probs=with_log_probs
+        )
+        return state, emitted
+
+    state, emitted = lax.scan(step, state, length=num_steps)
+    return emitted, state
+
+
+def speculative_step(
+    model: ScoringModel,
+    drafter: Drafter,
+    state: SpeculativeState,
+    key: Key[Array, ""] | None,
+    *,
+    policy: TokenPolicy,
+    with_log_probs: bool = False,
+) -> tuple[Emitted, SpeculativeState]:
+    """One step of `decode_speculatively`, for loops of your own."""
+    alive = ~state.finished
+    draft_key, verify_key = _step_keys(policy, key, state.step)
+    drafts, drafting = drafter.draft(
+        state.tokens,
+        state.lengths,
+        alive,
+        state.drafting,
+        key=draft_key,
+        selector=policy.selector,
+    )
+    # One token comes without a draft. A row never gets, nor its caches, more than its limit.
+    room = jnp.maximum(state.limits - state.lengths - 1, 0)
+    drafts = replace(drafts, counts=jnp.where(alive, jnp.minimum(drafts.counts, room), 0))
+
+    newest = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1, mode="clip")
+    block = jnp.concatenate([newest, drafts.tokens], axis=1)
+    logits, caches = model(block, state.caches, jnp.where(alive, drafts.counts + 1, 0))
+    accepted, after = verify(policy.selector, logits, drafts, verify_key)
+
+    place = lax.broadcasted_iota(jnp.int32, block.shape, 1)
+    continued = jnp.concatenate([drafts.tokens, after[:, None]], axis=1)
+    tokens = jnp.where(place < accepted[:, None], continued, after[:, None])
+    is_last = (place == accepted[:, None]) | policy.ends(tokens)
+    # The row stops at the first token that ends it, be it an accepted draft.
+    count = jnp.min(jnp.where(is_last, place, block.shape[1] - 1), axis=1) + 1
+    counts = jnp.where(alive, count, 0)
+    is_new = place < counts[:, None]
+    lengths = state.lengths + counts
+    ended = jnp.any(is_new & policy.ends(tokens), axis=1) | (lengths >= state.limits)
+    state = replace(
+        state,
+        caches=truncate_caches(model, caches, lengths - 1),
+        tokens=_write(state.tokens, state.lengths, tokens, counts),
+        lengths=lengths,
+        finished=state.finished | ended,
+        step=state.step + 1,
+        drafting=drafting,
+    )
+    scores = None
+    if with_log_probs:
+        scores = jnp.where(is_new, token_log_probs(logits, tokens), 0.0)
+    return Emitted(tokens, counts, drafts.counts, scores), state
+
+
+def _step_keys(
+    policy: TokenPolicy, key: Array | None, step: Array
+) -> tuple[Array | None, Array | None]:
+    """For the drafts and for their verification."""
+    if not policy.selector.needs_key:
+        return None, None
+    if key is None:
+        raise ValueError(f"{policy.selector} needs a random key; give key=jax.random.key(0).")
+    draft_key, verify_key = jax.random.split(jax.random.fold_in(key, step))
+    return draft_key, verify_key
+
+
+@partial(jax.jit, donate_argnames="tokens")
+def _with_first(
+    tokens: Array, lengths: Array, limits: Array, first: Array, finished: Array
+) -> tuple[Array, Array, Array]:
+    tokens = _write(tokens, lengths, first[:, None], jnp.ones_like(lengths))
+    return tokens, lengths + 1, finished | (lengths + 1 >= limits)
+
+
+def _write(tokens: Array, lengths: Array, new: Array, counts: Array) -> Array:
+    """Puts the first `counts` new tokens after those of each row: selections, no scatter."""
+    place = lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+    for i in range(new.shape[1]):
+        is_here = (place == lengths[:, None] + i) & (i < counts[:, None])
+        tokens = jnp.where(is_here, new[:, i : i + 1], tokens)
+    return tokens

@@ -1,0 +1,1 @@
+"""The decode kernel's two programs in pure JAX, over a named axis `lnc`; see docs/sharding.md."""

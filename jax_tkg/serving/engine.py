@@ -1,0 +1,317 @@
+"""The scheduler: who is in which row, who gets which pages, what the next call computes."""
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_tkg.generation.model import DecodeModel, as_pytree
+from jax_tkg.serving import programs
+from jax_tkg.serving.config import ServingConfig
+from jax_tkg.serving.pool import PagePool, PageUsage
+from jax_tkg.serving.programs import Chosen, ChosenToken, DecodeRows
+from jax_tkg.serving.request import (
+    Completion,
+    Event,
+    FinishReason,
+    OutOfPagesError,
+    Request,
+    State,
+    Ticket,
+)
+from jax_tkg.serving.rows import Row, decode_arrays, first_token_arrays, prefill_arrays
+from jax_tkg.serving.text import TextStream, TokenDecoder
+
+
+class Engine:
+    """Serves requests with one model in batches that they join and leave at any time.
+
+    Greedy tokens are those that `jax_tkg.generate` gives for each request alone (up to rounding);
+    sampled ones depend on the request and its seed. Not for use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: DecodeModel,
+        config: ServingConfig,
+        *,
+        decoder: Callable[[], TokenDecoder] | None = None,
+        cache_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Makes the pages; compiles nothing yet (see `warm_up`).
+
+        Args:
+            model: a `flax.nnx.Module` or a pytree of weights, with the methods of
+                `jax_tkg.generation.DecodeModel`; its caches a pytree of `KVCache`s.
+            config: sizes and policies.
+            decoder: makes a decoder of ids to text for each request, such as `Tokenizer.stream`.
+                Without one there is no text, and no stop strings.
+            cache_options: keywords of the model's `init_caches`, such as `dtype`.
+
+        Raises:
+            TypeError: for a model that cannot be served.
+            ValueError: as the model's `init_caches`, asked for `config.capacity` tokens.
+        """
+        self.config = config
+        self._model = as_pytree(model)
+        self._pools = programs.make_pools(self._model, config, dict(cache_options or {}))
+        self._pool = PagePool(config.pages, config.page_len)
+        self._decoder = decoder
+        self._waiting: list[Ticket] = []  # the oldest first
+        self._rows: dict[int, Row] = {}  # by slot
+        self._promised = 0
+        self._number = 0
+
+    def warm_up(self) -> None:
+        """Compiles every program; nothing is compiled afterwards, whatever is submitted."""
+        logits = self._take_in([])
+        self._first_tokens([], logits)
+        for sampled in (False, True):
+            self._decode_call(decode_arrays([], self.config, sampled=sampled))
+
+    def submit(self, request: Request) -> Ticket:
+        """Puts a request into the queue.
+
+        Raises:
+            ValueError: if it can never be served by this engine; says why, with numbers.
+            OutOfPagesError: under the policy "refuse", if the pages it may need are promised to
+                others.
+        """
+        needed = self._check(request)
+        left = self.config.pages - self._promised
+        if self.config.out_of_pages == "refuse" and needed > left:
+            raise OutOfPagesError(
+                f"the request may need {needed} pages of {self.config.page_len} tokens; of "
+                f"{self.config.pages} pages {left} are not promised to others. Submit it again "
+                "when one of those has finished."
+            )
+        self._promised += needed
+        text = None if self._decoder is None else TextStream(self._decoder(), request.stop)
+        ticket = Ticket(self._number, request, text)
+        self._number += 1
+        self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> Completion:
+        """Ends a request now and frees its row and pages; one that has ended stays as it is.
+
+        Raises:
+            ValueError: for a ticket of another engine.
+        """
+        self._check_mine(ticket)
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            self._end(ticket, FinishReason.CANCELLED)
+        elif (row := self._row_of(ticket)) is not None:
+            self._leave(row)
+            self._end(ticket, FinishReason.CANCELLED)
+        assert ticket.completion is not None
+        return ticket.completion
+
+    def step(self) -> list[Event]:
+        """Lets waiting requests in, computes one round, and returns what came of it.
+
+        A round is up to `prefill_calls` calls that take in prompts, and one that decodes
+        `steps_per_call` tokens of every running request.
+        """
+        events: list[Event] = []
+        self._admit()
+        for _ in range(self.config.prefill_calls):
+            rows = self._by_age(State.PREFILL)[: self.config.prefill_rows]
+            if not rows:
+                break
+            events += self._prefill(rows)
+        if rows := self._with_pages():
+            events += self._decode(rows)
+        return events
+
+    def stream(self, ticket: Ticket) -> Iterator[Event]:
+        """The events of one request as they come, `step` being called when there is none.
+
+        All requests advance meanwhile, and several streams may be read in turns. To stop reading
+        is not to cancel.
+
+        Raises:
+            ValueError: for a ticket of another engine.
+        """
+        self._check_mine(ticket)
+        seen = 0
+        while True:
+            while seen < len(ticket.events):  # more may come while one is looked at
+                yield ticket.events[seen]
+                seen += 1
+            if ticket.completion is not None:
+                return
+            self.step()
+
+    def run(self, requests: Iterable[Request]) -> list[Completion]:
+        """Serves requests to their end; the completions in the same order.
+
+        Raises:
+            ValueError: as `submit`; the requests before stay submitted.
+            OutOfPagesError: likewise.
+        """
+        tickets = [self.submit(request) for request in requests]
+        for ticket in tickets:
+            while ticket.completion is None:
+                self.step()
+        return [ticket.completion for ticket in tickets if ticket.completion is not None]
+
+    @property
+    def usage(self) -> PageUsage:
+        """Pages by state."""
+        return self._pool.usage()
+
+    def forget_cached(self) -> None:
+        """Frees the pages that no request uses: later requests compute their prompts anew."""
+        self._pool.forget_cached()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in rows."""
+        return len(self._rows)
+
+    def _check(self, request: Request) -> int:
+        """The pages it may need; raises if it can never be served."""
+        config, tokens = self.config, request.most_tokens
+        needed = config.pages_for(tokens)
+        if needed > min(config.pages_per_sequence, config.pages):
+            raise ValueError(
+                f"a prompt of {len(request.prompt)} tokens and max_new_tokens="
+                f"{request.max_new_tokens} need {needed} pages of {config.page_len}; a request "
+                f"here can have {config.pages_per_sequence}, and there are {config.pages}."
+            )
+        if len(request.eos_ids) > config.max_eos_ids:
+            raise ValueError(
+                f"{len(request.eos_ids)} eos_ids, but ServingConfig.max_eos_ids is "
+                f"{config.max_eos_ids}."
+            )
+        if request.top_log_probs > config.top_log_probs:
+            raise ValueError(
+                f"top_log_probs={request.top_log_probs}, but ServingConfig.top_log_probs is "
+                f"{config.top_log_probs}."
+            )
+        if request.stop and self._decoder is None:
+            raise ValueError("stop strings need text: give the engine a decoder.")
+        return needed
+
+    def _check_mine(self, ticket: Ticket) -> None:
+        known = ticket in self._waiting or self._row_of(ticket) is not None
+        if not known and ticket.completion is None:
+            raise ValueError(f"request {ticket.number} was submitted to another engine.")
+
+    # Rows and pages
+
+    def _row_of(self, ticket: Ticket) -> Row | None:
+        return next((row for row in self._rows.values() if row.ticket is ticket), None)
+
+    def _admit(self) -> None:
+        """Lets waiting requests in, the oldest first, as long as there are rows and pages."""
+        while self._waiting and len(self._rows) < self.config.max_rows:
+            slot = next(i for i in range(self.config.max_rows) if i not in self._rows)
+            ticket = self._waiting[0]
+            row = Row.enter(slot, ticket, self._pool)
+            # With the pages of its first decode call, or it might be put back at once.
+            if not row.pages.reserve(row.room(self.config)):
+                row.pages.release()
+                return
+            del self._waiting[0]
+            self._rows[slot] = row
+            ticket.state = State.PREFILL
+            if not ticket.preemptions:
+                ticket.shared_tokens = row.pages.shared_tokens
+
+    def _with_pages(self) -> list[Row]:
+        """The decoding rows, each with pages for the next call; the youngest may have to go."""
+        for row in self._by_age(State.DECODING):
+            while row.slot in self._rows and not row.pages.reserve(row.room(self.config)):
+                self._put_back(max(self._rows.values(), key=lambda r: r.ticket.number))
+        return self._by_age(State.DECODING)
+
+    def _put_back(self, row: Row) -> None:
+        """Preempts a row: what it has computed is forgotten, its tokens are not."""
+        self._leave(row)
+        row.ticket.state = State.WAITING
+        row.ticket.preemptions += 1
+        bisect.insort(self._waiting, row.ticket, key=lambda ticket: ticket.number)
+
+    def _by_age(self, state: State) -> list[Row]:
+        rows = [row for row in self._rows.values() if row.ticket.state is state]
+        return sorted(rows, key=lambda row: row.ticket.number)
+
+    def _leave(self, row: Row) -> None:
+        row.pages.release()
+        del self._rows[row.slot]
+
+    def _end(self, ticket: Ticket, reason: FinishReason) -> None:
+        self._promised -= self.config.pages_for(ticket.request.most_tokens)
+        ticket.end(reason)
+
+    # Calls
+
+    def _prefill(self, rows: Sequence[Row]) -> list[Event]:
+        logits = self._take_in(rows)
+        for row in rows:
+            row.cached = min(row.cached + self.config.prefill_chunk, len(row.tokens))
+            row.pages.written(row.tokens, row.cached)
+        done = [(i, row) for i, row in enumerate(rows) if row.cached == len(row.tokens)]
+        if not done:
+            return []
+        chosen = self._first_tokens(rows, logits)
+        events: list[Event] = []
+        for i, row in done:
+            row.ticket.state = State.DECODING
+            events += self._receive(row, [chosen.at(i)])
+        return events
+
+    def _decode(self, rows: Sequence[Row]) -> list[Event]:
+        chosen, made = self._decode_call(decode_arrays(rows, self.config))
+        events: list[Event] = []
+        for row in rows:
+            steps = range(made[row.slot])
+            events += self._receive(row, [chosen.at(step, row.slot) for step in steps])
+        return events
+
+    def _receive(self, row: Row, tokens: Sequence[ChosenToken]) -> list[Event]:
+        """Gives a row its next tokens, and lets it leave after the one that ends it."""
+        ticket = row.ticket
+        reason = None
+        before = len(ticket.events)
+        for token, log_prob, top in tokens:
+            reason = ticket.add(token, log_prob, top)
+            row.tokens.append(token)
+            if reason is not None:
+                break
+        row.cached = len(row.tokens) - 1
+        row.pages.written(row.tokens, row.cached)
+        if reason is not None:
+            self._leave(row)
+            self._end(ticket, reason)
+        return ticket.events[before:]
+
+    def _take_in(self, rows: Sequence[Row]) -> Any:
+        arrays = prefill_arrays(rows, self.config)
+        logits, self._pools = programs.prefill(self._model, self._pools, **arrays)
+        return logits
+
+    def _first_tokens(self, rows: Sequence[Row], logits: Any) -> Chosen:
+        selection, words = first_token_arrays(rows, self.config)
+        top = self.config.top_log_probs
+        return jax.device_get(programs.first_tokens(logits, selection, words, top=top))
+
+    def _decode_call(self, rows: DecodeRows) -> tuple[Chosen, np.ndarray]:
+        chosen, made, self._pools = programs.decode(
+            self._model,
+            self._pools,
+            rows,
+            num_steps=self.config.steps_per_call,
+            top=self.config.top_log_probs,
+        )
+        return jax.device_get((chosen, made))

@@ -1,0 +1,129 @@
+"""Requests in rows, and the arrays of a call made from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jax_tkg.cache.paged import NO_PAGE
+from jax_tkg.sampling import RowSelection
+from jax_tkg.serving.config import ServingConfig
+from jax_tkg.serving.pool import PagePool, RowPages
+from jax_tkg.serving.programs import DecodeRows
+from jax_tkg.serving.request import GREEDY, State, Ticket
+
+
+@dataclass(eq=False)
+class Row:
+    """A request that has a row of the batch, and pages.
+
+    Attributes:
+        slot: which row.
+        ticket: the request.
+        tokens: all of it so far, the prompt and the new ones.
+        pages: where their keys and values are.
+        cached: how many of the tokens, the first ones, are there. All while it takes in its prompt;
+            all but the newest one when it decodes.
+    """
+
+    slot: int
+    ticket: Ticket
+    tokens: list[int]
+    pages: RowPages
+    cached: int
+
+    @classmethod
+    def enter(cls, slot: int, ticket: Ticket, pool: PagePool) -> "Row":
+        """A row that has the pages which others share with it, and computes the rest."""
+        tokens = [*ticket.request.prompt, *ticket.tokens]
+        pages = RowPages(pool, tokens)
+        return cls(slot, ticket, tokens, pages, pages.shared_tokens)
+
+    @property
+    def _has_newest(self) -> bool:
+        """Whether the newest token is not in the pages yet; before, its prompt gives one more."""
+        return self.ticket.state is State.DECODING
+
+    def budget(self, config: ServingConfig) -> int:
+        """The most tokens it may get from its next decode call."""
+        made = len(self.ticket.tokens) + (not self._has_newest)
+        return min(config.steps_per_call, self.ticket.request.max_new_tokens - made)
+
+    def room(self, config: ServingConfig) -> int:
+        """Tokens that are in its pages after that call."""
+        return len(self.tokens) - self._has_newest + self.budget(config)
+
+
+def prefill_arrays(rows: Sequence[Row], config: ServingConfig) -> dict[str, np.ndarray]:
+    """The arrays of `programs.prefill` for the next chunk of at most `prefill_rows` rows."""
+    size, chunk = config.prefill_rows, config.prefill_chunk
+    tokens = np.zeros((size, chunk), np.int32)
+    lengths, counts = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    for i, row in enumerate(rows):
+        part = row.tokens[row.cached : row.cached + chunk]
+        tokens[i, : len(part)] = part
+        lengths[i], counts[i] = row.cached, len(part)
+    table = _table(dict(enumerate(rows)), size, config)
+    return {"table": table, "lengths": lengths, "tokens": tokens, "counts": counts}
+
+
+def first_token_arrays(
+    rows: Sequence[Row], config: ServingConfig
+) -> tuple[RowSelection, np.ndarray]:
+    """`selection` and `words` of `programs.first_tokens` for the rows of `prefill_arrays`."""
+    by_index = dict(enumerate(rows))
+    selection = _selection(by_index, config.prefill_rows)
+    return selection, _words(by_index, config.prefill_rows, num_steps=1)[0]
+
+
+def decode_arrays(
+    rows: Sequence[Row], config: ServingConfig, *, sampled: bool | None = None
+) -> DecodeRows:
+    """The arrays of `programs.decode` for rows that have pages for it.
+
+    Args:
+        rows: what is decoded.
+        config: sizes.
+        sampled: whether to use the program for rows that are not all greedy; by default if so.
+    """
+    size, by_slot = config.max_rows, {row.slot: row for row in rows}
+    lengths, tokens, budget = (np.zeros(size, np.int32) for _ in range(3))
+    eos_ids = np.full((size, config.max_eos_ids), -1, np.int32)
+    for slot, row in by_slot.items():
+        lengths[slot], tokens[slot] = row.cached, row.tokens[-1]
+        budget[slot] = row.budget(config)
+        ids = list(row.ticket.request.eos_ids)
+        eos_ids[slot, : len(ids)] = ids
+    if sampled is None:
+        sampled = any(row.ticket.request.sampling.temperature > 0 for row in rows)
+    return DecodeRows(
+        table=_table(by_slot, size, config),
+        lengths=lengths,
+        tokens=tokens,
+        budget=budget,
+        eos_ids=eos_ids,
+        selection=_selection(by_slot, size) if sampled else None,
+        words=_words(by_slot, size, config.steps_per_call) if sampled else None,
+    )
+
+
+def _table(rows: Mapping[int, Row], size: int, config: ServingConfig) -> np.ndarray:
+    table = np.full((size, config.pages_per_sequence), NO_PAGE, np.int32)
+    for i, row in rows.items():
+        table[i, : len(row.pages.pages)] = row.pages.pages
+    return table
+
+
+def _selection(rows: Mapping[int, Row], size: int) -> RowSelection:
+    settings = [rows[i].ticket.request.sampling if i in rows else GREEDY for i in range(size)]
+    return RowSelection.of([s.selector for s in settings])
+
+
+def _words(rows: Mapping[int, Row], size: int, num_steps: int) -> np.ndarray:
+    """The random state of the next tokens of each row, uint32 `[num_steps, size, 4]`."""
+    words = np.zeros((num_steps, size, 4), np.uint32)
+    for i, row in rows.items():
+        sampling, made = row.ticket.request.sampling, len(row.ticket.tokens)
+        if sampling.temperature > 0:
+            words[:, i] = [sampling.random_words(made + step) for step in range(num_steps)]
+    return words

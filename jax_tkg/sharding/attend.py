@@ -1,0 +1,233 @@
+"""The op on a mesh: each device attends to its shard, then parts of rows are merged.
+
+One `shard_map` over the axes that are named, forward and backward. The backward pass does not go
+through the merge: from the whole row's output and log-sum-exp each device has the cotangents of its
+own keys; only those of what devices share are summed.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from jax_tkg import _compat
+from jax_tkg._typing import Array
+from jax_tkg.implementations import Implementation
+from jax_tkg.online.backward import attention_backward
+from jax_tkg.operands import Operands
+from jax_tkg.primitive import bind
+from jax_tkg.sharding.division import Division
+from jax_tkg.sharding.merge import merge_parts
+from jax_tkg.sharding.operands import (
+    Shards,
+    check_pages,
+    count_sinks_once,
+    localise,
+    make_shards,
+    shard_specs,
+    whole_bias,
+)
+from jax_tkg.sharding.placement import typed, typed_shards
+
+Tried = tuple[Implementation, ...]
+
+
+def attend_on_mesh(division: Division, tried: Tried, ops: Operands) -> tuple[Array, ...]:
+    """The op's results, differentiable in reverse mode.
+
+    Raises:
+        ValueError: pages that do not divide, another mesh in use.
+    """
+    if division.is_mapped:
+        return _attend(division, tried, _varying_shard(division, ops))
+    check_pages(division, ops.kv)
+    return _attend(division, tried, _varying(typed(division, ops)))
+
+
+def _varying_shard(division: Division, ops: Operands) -> Operands:
+    """Sinks join after the merge, where devices that share a row are alike."""
+    varying = _varying(ops)
+    axes = _compat.varying_axes(jax.typeof(varying.query))
+    if axes and division.local.exchange:
+        raise ValueError(
+            'merge="every tile" in a shard_map of your own needs its check_vma=False: what is '
+            "exchanged on a tile has no type. Or let the op map these axes itself."
+        )
+    if ops.sinks is None:
+        return varying
+    return replace(varying, sinks=_compat.vary(ops.sinks, axes - set(division.key_parts)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(division: Division, tried: Tried, ops: Operands) -> tuple[Array, ...]:
+    if division.is_mapped:
+        return _attend_to_shard(division, tried, make_shards(division, ops))
+    leaves, tree = jax.tree.flatten(ops)
+    return tuple(_forward_on_mesh(leaves, tree=tree, division=division, tried=tried))
+
+
+def _attend_forward(division: Division, tried: Tried, ops: Operands) -> Any:
+    names = ("out", "lse") if division.whole.normalize else ("out", "max", "sum")
+    found = _attend(division, tried, ops)
+    op = division.whole.op
+    found = tuple(checkpoint_name(x, f"{op}_{n}") for x, n in zip(found, names, strict=True))
+    return found, (ops, found)
+
+
+def _attend_backward(division: Division, tried: Tried, residuals: Any, cotangents: Any) -> Any:
+    del tried
+    if division.is_mapped:
+        ops, results = residuals
+        return (_backward_on_shard(division, ops, results, tuple(cotangents)),)
+    leaves, tree = jax.tree.flatten((*residuals, tuple(cotangents)))
+    return (_backward_on_mesh(leaves, tree=tree, division=division),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# --- on a device
+
+
+def _attend_to_shard(division: Division, tried: Tried, shards: Shards) -> tuple[Array, ...]:
+    ops = localise(division, shards)
+    if not division.key_parts:
+        return bind(division.local, tried, _varying(ops))
+    results = bind(division.local, tried, _varying(replace(ops, sinks=None)))
+    return merge_parts(division, results, ops.sinks)
+
+
+def _backward_on_shard(division: Division, ops: Operands, results: Any, cotangents: Any) -> Any:
+    """JAX sums the cotangents of what devices share: it was made varying, or has no such type."""
+    axes = division.key_parts
+    is_typed = bool(_compat.varying_axes(jax.typeof(ops.query)))
+    if axes and not is_typed:  # with check_vma=False a sum over devices is its own transpose
+        cotangents = lax.psum(cotangents, axes)
+    ops, results, cotangents = _varying((ops, results, cotangents))
+    ops = count_sinks_once(division, localise(division, make_shards(division, ops)))
+    found = attention_backward(division.differentiated, ops, results, cotangents)
+    if found.sinks is not None and axes and is_typed:  # the merge had them as they were
+        found = replace(found, sinks=lax.psum(found.sinks, axes))
+    return found
+
+
+# --- on the mesh
+
+
+@partial(jax.jit, static_argnames=("tree", "division", "tried"))
+def _forward_on_mesh(leaves: list[Array], *, tree: Any, division: Division, tried: Tried) -> Any:
+    ops = jax.tree.unflatten(tree, leaves)
+    shards, of_shards = jax.tree.flatten(typed_shards(division, make_shards(division, ops)))
+
+    def on_device(*shards: Array) -> tuple[Array, ...]:
+        return _attend_to_shard(division, tried, jax.tree.unflatten(of_shards, shards))
+
+    specs = shard_specs(division, jax.tree.unflatten(of_shards, shards))
+    mapped = _mapped(
+        division,
+        on_device,
+        _flat(of_shards, specs),
+        _result_specs(division),
+        check_vma=not division.local.exchange,  # an implementation is traced without these types
+    )
+    return mapped(*shards)
+
+
+@partial(jax.jit, static_argnames=("tree", "division"))
+def _backward_on_mesh(leaves: list[Array], *, tree: Any, division: Division) -> Operands:
+    """Cotangents in the operands' tree, None for integers."""
+    ops, results, cotangents = jax.tree.unflatten(tree, leaves)
+    parts = typed_shards(division, make_shards(division, ops))
+    shards, of_shards = jax.tree.flatten(parts)
+    specs = _flat(of_shards, shard_specs(division, parts))
+    floats = [i for i, x in enumerate(shards) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def on_device(shards: list[Array], results: Any, cotangents: Any) -> list[Array]:
+        shards, results, cotangents = _varying((shards, results, cotangents))
+        dtypes = [shards[i].dtype for i in floats]
+        own = jax.tree.unflatten(of_shards, shards)
+
+        def local(given: list[Array]) -> Operands:
+            filled = dict(enumerate(shards)) | dict(zip(floats, given, strict=True))
+            ops = localise(division, jax.tree.unflatten(of_shards, list(filled.values())))
+            return count_sinks_once(division, ops)
+
+        wide = [_wide(own, shards[i]) for i in floats]
+        _, pull = jax.vjp(lambda given: _floats(local(given)), wide)
+        found = attention_backward(division.differentiated, local(wide), results, cotangents)
+        (summed,) = pull(_floats(found))
+        summed = _sum_shared(division, summed, [specs[i] for i in floats])
+        return [x.astype(dtype) for x, dtype in zip(summed, dtypes, strict=True)]
+
+    of_results = _result_specs(division)
+    mapped = _mapped(
+        division, on_device, (specs, of_results, of_results), [specs[i] for i in floats]
+    )
+    found = dict(zip(floats, mapped(shards, tuple(results), tuple(cotangents)), strict=True))
+    d_shards = jax.tree.unflatten(of_shards, [found.get(i) for i in range(len(shards))])
+    return replace(d_shards.ops, bias=whole_bias(division, d_shards))
+
+
+def _flat(tree: Any, leaves: Any) -> list[Any]:
+    return list(tree.flatten_up_to(leaves))
+
+
+def _floats(ops: Operands) -> list[Array]:
+    return [x for x in jax.tree.leaves(ops) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _wide(shards: Shards, array: Array) -> Array:
+    """In float32, so that what is summed over devices is rounded once; not the cache."""
+    kv = shards.ops.kv
+    return array if array is kv.key or array is kv.value else array.astype(jnp.float32)
+
+
+def _sum_shared(
+    division: Division, cotangents: list[Array], specs: list[PartitionSpec]
+) -> list[Array]:
+    """Sums each over the devices that have the same part of its operand."""
+    shared = defaultdict(list)
+    for i, spec in enumerate(specs):
+        split = {name for entry in spec for name in _names(entry)}
+        shared[tuple(n for n in division.sharding.axis_names if n not in split)].append(i)
+    found = list(cotangents)
+    for axes, which in shared.items():
+        if axes:
+            sums = lax.psum([cotangents[i] for i in which], axes)
+            for i, total in zip(which, sums, strict=True):
+                found[i] = total
+    return found
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def _varying(tree: Any) -> Any:
+    leaves, of_tree = jax.tree.flatten(tree)
+    return jax.tree.unflatten(of_tree, _compat.agree_on_varying_axes(leaves))
+
+
+def _result_specs(division: Division) -> tuple[PartitionSpec, ...]:
+    of_rows = division.sharding.spec("BTN")
+    return division.sharding.spec("BTNH"), *(of_rows,) * (1 if division.whole.normalize else 2)
+
+
+def _mapped(
+    division: Division, fun: Any, in_specs: Any, out_specs: Any, *, check_vma: bool = True
+) -> Any:
+    sharding = division.sharding
+    return jax.shard_map(
+        fun,
+        mesh=_compat.mesh_to_map(sharding.mesh),
+        in_specs=tuple(in_specs),
+        out_specs=out_specs,
+        axis_names=set(sharding.axis_names),
+        check_vma=check_vma,
+    )
