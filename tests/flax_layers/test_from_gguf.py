@@ -121,6 +121,7 @@ def test_weights_that_do_not_fit(change, message):
         decoder_from_gguf(model)
 
 
+@pytest.mark.example
 @pytest.mark.model
 def test_smollm2_greedy():
     from jax_tkg.models import read_gguf, smollm2_path

@@ -22,7 +22,7 @@ from jax_tkg.serving import (
 from tests.models.test_smollm2 import GREEDY_IDS, PROMPT_IDS
 from tests.serving.tiny import assert_no_leak
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.example, pytest.mark.model]
 
 CONFIG = ServingConfig(
     max_rows=4, page_len=16, pages_per_sequence=10, num_pages=12, steps_per_call=8, prefill_chunk=32
