@@ -117,5 +117,5 @@ def convert(values: np.ndarray, dtype: DType, *, exact: bool = False) -> np.ndar
     if values.dtype.kind in "iub":
         return values.astype(dtype.numpy)
     limits = np.iinfo(dtype.numpy)
-    nearest = np.rint(values.astype(np.float64))
-    return np.nan_to_num(np.clip(nearest, limits.min, limits.max), nan=0.0).astype(dtype.numpy)
+    nearest = np.clip(np.rint(values.astype(np.float64)), limits.min, limits.max)
+    return np.where(np.isnan(nearest), 0.0, nearest).astype(dtype.numpy)
