@@ -271,8 +271,10 @@ def test_rotation_in_the_kernel(batch: int, programs: int) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 2])
-@pytest.mark.parametrize("pages", [40, 272])
-def test_pages_that_are_missing_among_live_ones(pages: int, programs: int) -> None:
+@pytest.mark.parametrize(("pages", "masked"), [(40, None), (272, None), (40, (2, 4)), (40, (1, 1))])
+def test_pages_that_are_missing_among_live_ones(
+    pages: int, masked: tuple[int, int] | None, programs: int
+) -> None:
     """Their slots are not seen, and not taken for those of page 0, which is a page like others."""
     random = np.random.default_rng(0)
     pool = random.normal(size=(pages, 2, 16, 32)).astype(np.float32)
@@ -284,18 +286,19 @@ def test_pages_that_are_missing_among_live_ones(pages: int, programs: int) -> No
         jnp.asarray(pool), jnp.asarray(pool), k_scale=None, v_scale=None,
         dtype=np.dtype(np.float32), page_indices=jnp.asarray(table),
     )  # fmt: skip
+    # A dense mask with a number for every row also hides the slots; a shared one does not.
+    mask = None if masked is None else jnp.asarray(random.random((*masked, 1, 16 * pages)) < 0.7)
+    given = {"mask": mask, "key_value_seq_lengths": lengths}
     form = NkiInterpret(programs=programs)
-    plan = jax_tkg.explain(query, layout, key_value_seq_lengths=lengths, implementation=form).plan
+    plan = jax_tkg.explain(query, layout, **given, implementation=form).plan
     assert (plan.live is not None) == (pages == 272)
-    got = jax_tkg.attention_tkg(
-        query, layout, key_value_seq_lengths=lengths, implementation=form, return_residual=True
-    )
+    assert plan.features.has_holes == (masked != (2, 4))
+    got = jax_tkg.attention_tkg(query, layout, **given, implementation=form, return_residual=True)
     dense = pool[np.maximum(table, 0)].swapaxes(2, 3).reshape(2, -1, 2, 32)
     there = np.repeat(table >= 0, 16, axis=1)[:, None, None]
-    want = jax_tkg.attention_tkg(
-        query, jnp.asarray(dense), jnp.asarray(dense), mask=jnp.asarray(there),
-        key_value_seq_lengths=lengths, implementation="reference", return_residual=True,
-    )  # fmt: skip
+    seen = jnp.asarray(there) if mask is None else there & mask
+    given |= {"key": jnp.asarray(dense), "value": jnp.asarray(dense), "mask": seen}
+    want = jax_tkg.attention_tkg(query, **given, implementation="reference", return_residual=True)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=CLOSE, rtol=0)
 
