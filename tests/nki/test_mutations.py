@@ -137,7 +137,7 @@ CHECKS: tuple[Check, ...] = (
     partial(live, [900, 40]),
     partial(live, [768, 897], 200),
     partial(live, [40, 500], clears_values=False),
-    partial(test_kernel.test_pages_that_are_missing_among_live_ones, 40, 1),
+    partial(test_kernel.test_pages_that_are_missing_among_live_ones, 40, masked=None, programs=1),
     partial(rotation, test_kernel.Case, "half"),
     partial(rotation, Interleaved, "interleaved", programs=2),
     partial(test_kernel.test_queries_and_results_in_sbuf, 1, 200, 2, "batch"),
