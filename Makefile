@@ -36,7 +36,7 @@ test-all: $(VENV)/.dev model ## Run all tests
 
 .PHONY: test-clients
 test-clients: $(CLIENTS)/.clients model ## Run the tests of swapped decoders, in their own environment
-	$(CLIENTS)/bin/python -m pytest -n 2 -m "not slow" tests/clients $(PYTEST_ARGS)
+	$(CLIENTS)/bin/python -m pytest -n 2 -m "not slow" tests/clients tests/serving/test_clients.py $(PYTEST_ARGS)
 
 .PHONY: grid
 grid: $(VENV)/.dev ## Run every row of the shape grid through the kernel (hours; resumes)

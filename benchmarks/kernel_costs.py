@@ -13,6 +13,9 @@ this one. Rows with `fused_rope` (marked r) rotate queries and new keys inside t
 The op here rotates before the launch, which is not counted: these rows are that much in our favour.
 `--rotate-inside` has our kernel do it, which it can, and store the rotated keys too.
 
+The public kernel returns no log-sum-exp, nor does ours here, which has it left out of the launch
+(`--lse` asks for it, as the op does: four bytes a row, a descriptor a row or less).
+
 The public kernel gives NaN where values that no query sees are NaN; ours is told that they are
 finite (`--unseen-values any` has it clear them).
 
@@ -29,8 +32,10 @@ What is compared, each of the core that has most of it:
   full bandwidth, as a share of the time model's total (docs/time-model.md). Where a window leaves
   most of the bucket unread, it counts the bucket all the same: above 1 is faster than to read it.
 
-A figure that is worse says which instructions of which steps make most of it; of bytes, those that
-are not the cache's own. A roofline that is missed says what the critical path consists of.
+A figure that is worse says by how much, and which instructions of which steps make that, beside
+what any kernel has: products with the cache, bytes of operands and results. A roofline that is
+missed says how long it takes until the cache begins to arrive, while it does and afterwards, and
+what the critical path mostly consists of.
 
     python benchmarks/kernel_costs.py                        # every row, some minutes
     python benchmarks/kernel_costs.py --every 10
@@ -61,7 +66,7 @@ from jax_tkg.cache.layouts import DENSE_LAYOUTS, KVLayout
 from jax_tkg.nki import interpreter
 from jax_tkg.nki.arguments import Launch, Named, kernel_limits, make_launch
 from jax_tkg.nki.interpreter.record import Instruction, Transfer
-from jax_tkg.nki.interpreter.report import timing
+from jax_tkg.nki.interpreter.report import Timing, timing
 from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.problem import Op
 
@@ -73,6 +78,8 @@ GOALS = {"tensor": None, "busy": 0.7, "bytes": None, "descriptors": 0.7, "exchan
 ROOFLINE_GOAL = 0.85
 
 CACHE_NAMES = {"key", "value"}
+OPERANDS = CACHE_NAMES | {"query", "new_key", "new_value", "hidden", "sinks"}
+"""Arrays that the public kernel loads too."""
 
 ROPE = jax_tkg.RotaryEmbedding(base=10000.0)
 
@@ -215,6 +222,12 @@ def rotating(launch: Launch, row: Row) -> Launch:
     )
 
 
+def without_lse(launch: Launch) -> Launch:
+    """The launch without the log-sum-exp, which the public kernel does not have either."""
+    features = replace(launch.plan.features, returns_lse=False)
+    return replace(launch, plan=replace(launch.plan, features=features))
+
+
 def cache_of(row: Row) -> KVLayout:
     """The row's cache, pages in random order."""
     n = row.n
@@ -239,7 +252,7 @@ def cache_of(row: Row) -> KVLayout:
 
 
 def compare(
-    row: Row, exchange: str, unseen_values: str, *, rotates_inside: bool
+    row: Row, exchange: str, unseen_values: str, *, rotates_inside: bool, returns_lse: bool
 ) -> Comparison | str:
     """Launches a row once and counts; or why it cannot be launched."""
     call, programs = call_of(row), row.n["cores"]
@@ -249,6 +262,8 @@ def compare(
     launch = make_launch(call.problem, call.operands, programs, exchange, unseen_values)
     if rotates_inside and row.n["fused_rope"]:
         launch = rotating(launch, row)
+    elif not returns_lse:
+        launch = without_lse(launch)
     run = interpreter.run(
         launch.kernel, *map(np.asarray, launch.arrays), programs=programs, plan=launch.plan
     )
@@ -259,14 +274,12 @@ def compare(
     theirs = row.costs()
     names = dict(zip(run.arguments, getattr(launch.kernel, "names", ()), strict=False))
     reasons = {
-        name: why(of, busiest[name], names)
-        for name, of in MEASURES.items()
+        name: why(name, busiest[name], names, theirs[name])
+        for name in MEASURES
         if ours[name] > theirs[name]
     }
-    of, mine = MEASURES["bytes"], busiest["bytes"]
-    beside = [step for step in mine if not hbm_names(step, names) & CACHE_NAMES]
-    if "bytes" in reasons and total(of, mine) - total(of, beside) <= row.cache_bytes():
-        reasons["bytes"] = f"beside the cache {why(of, beside, names)}"
+    if "exchanges" in reasons:
+        reasons["exchanges"] = f"{launch.plan.sharding} sharding ({launch.plan.reason})"
     if ours["SBUF"] > theirs["SBUF"]:
         reasons["SBUF"] = f"at the peak {'; '.join(sbuf.largest[:2])}"
     share = None
@@ -275,9 +288,7 @@ def compare(
         bucket = row.cache_bytes() / run.options.target.hbm_gbps
         share = max(times.roofline, bucket) / times.total
         if share < ROOFLINE_GOAL:
-            split = Counter(times.path_split).most_common(3)
-            parts = ", ".join(f"{name} {part / times.total:.0%}" for name, part in split)
-            reasons["roofline"] = f"critical path {parts}"
+            reasons["roofline"] = why_late(times, names)
     return Comparison(row, ours, theirs, share, launch.plan.text, reasons)
 
 
@@ -293,16 +304,54 @@ def hbm_names(step: Instruction, names: Mapping[str, str]) -> set[str]:
     return {names.get(name, name) for name in found}
 
 
-def why(of: Measure, program: Iterable[Instruction], names: Mapping[str, str]) -> str:
-    """The steps that make most of a figure."""
+def is_essential(name: str, step: Instruction, names: Mapping[str, str]) -> bool:
+    """Whether any kernel has it: products with the cache; bytes of operands and of results."""
+    if name == "tensor":
+        return step.source.function in ("compute_qk_matmul", "compute_pv_matmul")
+    moves = step.transfer is not None and (
+        bool(hbm_names(step, names) & OPERANDS) or step.transfer.route.endswith("hbm")
+    )
+    return name == "bytes" and moves
+
+
+def why(name: str, program: Iterable[Instruction], names: Mapping[str, str], theirs: float) -> str:
+    """By how much a figure is worse, and the largest steps beside essential ones that make as much.
+
+    Where these do not make as much, also what the essential ones come to.
+    """
+    of, essential = MEASURES[name], 0.0
     parts: dict[str, float] = defaultdict(float)
     for step in program:
         tensors = "/".join(sorted(hbm_names(step, names)))
         what = f"{step.op} of {tensors}" if tensors else step.op
-        parts[f"{what} in {step.source.function}"] += of(step)
-    whole = sum(parts.values())
-    most = sorted(parts.items(), key=lambda item: -item[1])[:3]
-    return ", ".join(f"{what} {part / whole:.0%}" for what, part in most if part > 0.1 * whole)
+        if is_essential(name, step, names):
+            essential += of(step)
+        elif of(step):
+            parts[f"{what} in {step.source.function}"] += of(step)
+    excess = essential + sum(parts.values()) - theirs
+    explained, said = 0.0, []
+    for what, part in sorted(parts.items(), key=lambda item: -item[1])[:4]:
+        if explained < excess:
+            said.append(f"{what} {part:.0f}")
+            explained += part
+    if explained < excess and essential:
+        said.append(f"what any kernel has {essential:.0f}")
+    return f"{excess:.0f} more: {', '.join(said)}"
+
+
+def why_late(times: Timing, names: Mapping[str, str]) -> str:
+    """Where the modelled time goes: until the cache begins to arrive, while it does, afterwards."""
+    first, last = math.inf, 0.0
+    for timed in (t for program in times.programs for t in program):
+        if timed.queues and hbm_names(timed.step, names) & CACHE_NAMES:
+            first = min(first, *(busy.start for busy in timed.queues))
+            last = max(last, timed.end)
+    split = Counter(times.path_split).most_common(2)
+    return (
+        f"{first / 1e3:.1f} us to the first byte of the cache, {(last - first) / 1e3:.1f} to the "
+        f"last (bandwidth alone {times.roofline / 1e3:.1f}), {(times.total - last) / 1e3:.1f} "
+        f"after it; mostly {', '.join(f'{what} {part / 1e3:.1f}' for what, part in split)}"
+    )
 
 
 def geomean(ratios: Iterable[float]) -> float:
@@ -383,6 +432,7 @@ def main() -> None:
     parser.add_argument("--exchange", default="deferred", help="or 'every tile'")
     parser.add_argument("--unseen-values", default="finite", help="or 'any': NaN too")
     parser.add_argument("--rotate-inside", action="store_true", help="rotary inside the kernel")
+    parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too")
     parser.add_argument("--csv", type=Path, help="where to write all figures")
     given = parser.parse_args()
     first, colon, end = given.rows.partition(":")
@@ -393,7 +443,11 @@ def main() -> None:
     console, done = Console(width=200), []
     for row in chosen:
         found = compare(
-            row, given.exchange, given.unseen_values, rotates_inside=given.rotate_inside
+            row,
+            given.exchange,
+            given.unseen_values,
+            rotates_inside=given.rotate_inside,
+            returns_lse=given.lse,
         )
         if isinstance(found, str):
             console.print(f"row {row.number} ({row}) is left out: {found}")

@@ -2,10 +2,13 @@
 
     python examples/serve_paged.py
     python examples/serve_paged.py --max-new-tokens 100 --pages 24 --rows 2
+    python examples/serve_paged.py --drafts 4
 
 More requests than rows: some wait until others have finished. Two begin alike and share the pages
 of that. With few pages (`--pages`), the youngest give way and are computed again later. One is
-cancelled half way. Needs the `models` extra; the model file (93 MB) is fetched on first use.
+cancelled half way. With `--drafts`, several tokens a step are looked up in the texts so far and
+verified, as long as that pays: the same texts in fewer steps. Needs the `models` extra; the model
+file (93 MB) is fetched on first use.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_tkg.flax_layers import decoder_from_gguf
+from jax_tkg.generation import Adaptive, PromptLookup
 from jax_tkg.models import Tokenizer, read_gguf, smollm2_path
 from jax_tkg.serving import Engine, NewToken, Request, SamplingSettings, ServingConfig, Ticket
 
@@ -80,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--rows", type=int, default=4, help="requests that decode together")
     parser.add_argument("--pages", type=int, help="pages of 16 tokens, by default enough for all")
+    parser.add_argument("--drafts", type=int, default=0, help="tokens drafted a step, 0 for none")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args(arguments)
 
@@ -96,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_pages=options.pages,
         steps_per_call=4,
         prefill_chunk=32,
+        speculate=Adaptive(PromptLookup(options.drafts)) if options.drafts else None,
     )
     cache_options = {"dtype": options.dtype}
     engine = Engine(model, config, decoder=tokenizer.stream, cache_options=cache_options)
@@ -118,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     seconds = serve(console, engine, tickets)
     console.print(view(engine, tickets, seconds))
+    if options.drafts:
+        console.print(str(engine.speculation), style="dim")
 
     first, known = tickets[0].tokens, KNOWN_IDS[: options.max_new_tokens]
     if options.dtype == "float32" and first[: len(known)] != known:

@@ -2,11 +2,12 @@
 
     python examples/speculative.py
     python examples/speculative.py --max-tokens 8 --new-tokens 200
+    python examples/speculative.py --adaptive
 
 The model writes a given letter again to someone else, so that most of what comes next stands in its
 prompt: drafts are looked up there, without a second model. The text is written both ways in one
-run, must be the same, and both are timed, in turns. Needs the `models` extra; the model file
-(93 MB) is fetched on first use.
+run, must be the same, and both are timed, in turns. `--adaptive` drafts while that pays. Needs the
+`models` extra; the model file (93 MB) is fetched on first use.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 import jax_tkg
 from jax_tkg.flax_layers import decoder_from_gguf
-from jax_tkg.generation import Generated, PromptLookup
+from jax_tkg.generation import Adaptive, Generated, PromptLookup
 from jax_tkg.models import Tokenizer, read_gguf, smollm2_path
 
 TEXT = """\
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-tokens", type=int, default=4, help="drafts a step (default: 4)")
     parser.add_argument("--ngram", type=int, default=3, help="tokens compared (default: 3)")
+    parser.add_argument("--adaptive", action="store_true", help="pause where drafts do not pay")
     parser.add_argument("--new-tokens", type=int, default=80, help="the most to write")
     parser.add_argument("--repeat", type=int, default=2, help="how often both are timed")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache_options={"dtype": args.dtype},
     )
     lookup = PromptLookup(max_tokens=args.max_tokens, ngram=args.ngram)
-    ways = {"plain": plain, "speculative": partial(plain, speculate=lookup)}
+    speculate = Adaptive(lookup) if args.adaptive else lookup
+    ways = {"plain": plain, "speculative": partial(plain, speculate=speculate)}
     results = {name: generate() for name, generate in ways.items()}  # compiles
     seconds: dict[str, float] = dict.fromkeys(ways, float("inf"))
     for _ in range(args.repeat):

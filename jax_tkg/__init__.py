@@ -12,6 +12,7 @@ from jax_tkg.cache.layouts import BKHS, BKSH, BSKH, KVLayout
 from jax_tkg.cache.paged import Paged
 from jax_tkg.cache.paged_cache import PagedKVCache
 from jax_tkg.cache.storage import absmax_scale
+from jax_tkg.generation.adaptive import Adaptive
 from jax_tkg.generation.api import Generated, generate, stream
 from jax_tkg.generation.draft_model import DraftModel
 from jax_tkg.generation.drafts import PromptLookup
@@ -32,6 +33,7 @@ __all__ = [
     "BKSH",
     "BSKH",
     "IMPLEMENTATIONS",
+    "Adaptive",
     "AttentionProblem",
     "AttentionSharding",
     "DraftModel",

@@ -11,20 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_tkg import _compat
+from jax_tkg import _compat, rotation
 from jax_tkg._typing import Array, Bool, Float, Int, Num
 from jax_tkg.cache.kv_cache import KVCache
 from jax_tkg.cache.layouts import BSKH, KVLayout
 from jax_tkg.cache.storage import Scale, head_scale
 from jax_tkg.choice import Choice, choose
 from jax_tkg.implementations import Implementation, candidates
-from jax_tkg.masks import default_query_positions
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
-from jax_tkg.primitive import attend
 from jax_tkg.problem import AttentionProblem, Op, check_host_integers, make_problem
 from jax_tkg.rope import RotaryEmbedding
 from jax_tkg.sharding.attend import attend_on_mesh
+from jax_tkg.sharding.automatic import attend_undivided
 from jax_tkg.sharding.division import Division, divide
 from jax_tkg.sharding.placement import divide_here, sharding_of_types
 from jax_tkg.sharding.spec import AttentionSharding
@@ -100,7 +99,8 @@ def attention_tkg(
         sinks: one logit per query head `[N]`.
         k_scale: for int8 and 8-bit float keys, `[]` or `[K]`: a key is `stored * k_scale`.
         v_scale: likewise for values.
-        rope: rotates the query and `new_key` at the new tokens' positions before they are used.
+        rope: rotates the query and `new_key` at the new tokens' positions before they are used:
+            inside the kernel where it can, else in JAX; `explain` says who.
         return_residual: also return the log-sum-exp.
         sharding: how the call lies on a mesh: each device attends to its part of the batch, heads
             and slots, and parts of a row are merged. By default the cache's own. Arrays have their
@@ -128,8 +128,8 @@ def attention_tkg(
     return_residual, tried = arguments.pop("return_residual"), candidates(implementation, Op.TKG)
     del arguments["implementation"], arguments["sharding"]
     call = prepare(**arguments)
-    out, lse = run(call, tried, sharding_of(sharding, key))
-    results = (out, *((lse,) * return_residual), *((call.operands.new_key,) * (rope is not None)))
+    out, lse, *keys = run(call, tried, sharding_of(sharding, key))
+    results = (out, *((lse,) * return_residual), *keys)
     return results if len(results) > 1 else out
 
 
@@ -144,6 +144,7 @@ class Explanation:
             the call or types on an explicit mesh say; None otherwise.
         implementation: name of the one that runs, None if none can.
         plan: how it does it; printable.
+        rotation: who rotates queries and new keys, and why; None without `rope`.
         rejected: pairs (name, reason) of those tried before.
     """
 
@@ -152,6 +153,7 @@ class Explanation:
     division: Division | None
     implementation: str | None
     plan: object
+    rotation: str | None
     rejected: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
@@ -160,6 +162,8 @@ class Explanation:
         if self.division is not None:
             lines.append(f"{self.division}")
         lines.append(f"on {self.platform}: {self.implementation or 'none can'}")
+        if self.rotation is not None:
+            lines.append(f"  {self.rotation}")
         if self.plan is not None:
             lines.append(f"  {self.plan}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
@@ -209,14 +213,29 @@ def explain(
     ((problem, division),) = found
     local = problem if division is None else division.local
     choice: Choice[Implementation] = choose(local, target, tried)
+    chosen = choice.chosen
+    if chosen is None:
+        plan = who = None
+    else:
+        plan = chosen.plan(rotation.problem_for(chosen, local, target), target)
+        who = rotation.describe(chosen, local, target)
+    if problem.rope is not None and local.rope is None:
+        who = ROTATED_BEFORE
     return Explanation(
         platform=platform,
         problem=problem,
         division=division,
-        implementation=choice.chosen.name if choice.chosen else None,
-        plan=choice.chosen.plan(local, target) if choice.chosen else None,
+        implementation=chosen.name if chosen else None,
+        plan=plan,
+        rotation=who,
         rejected=choice.rejected,
     )
+
+
+ROTATED_BEFORE = (
+    "queries and new keys are rotated in JAX, before they are divided: devices that have parts of "
+    "one row's keys, or all KV heads, share them"
+)
 
 
 class Call(NamedTuple):
@@ -224,6 +243,10 @@ class Call(NamedTuple):
 
     problem: AttentionProblem
     operands: Operands
+
+    def rotated(self) -> "Call":
+        """The same without `rope`: queries and new keys are rotated, in JAX."""
+        return Call(*rotation.rotated(*self))
 
 
 def run(
@@ -234,8 +257,12 @@ def run(
     local = call.problem if division is None else division.local
     choose(local, Target(platforms=()), tried).require()
     if division is None:
-        return attend(call.problem, tried, call.operands)
-    return attend_on_mesh(division, tried, call.operands)
+        return attend_undivided(call.problem, tried, call.operands)
+    if division.whole.rope == call.problem.rope:
+        return attend_on_mesh(division, tried, call.operands)
+    call = call.rotated()
+    assert call.operands.new_key is not None
+    return (*attend_on_mesh(division, tried, call.operands), call.operands.new_key)
 
 
 def divided(
@@ -244,8 +271,17 @@ def divided(
     """What each device does of a call, as is said or, where that is needed, as types tell.
 
     It is needed where slots are split, of which the compiler would gather tiles, and where none of
-    `tried` lets the compiler partition it.
+    `tried` lets the compiler partition it. Devices that share what is to be rotated get it rotated.
     """
+    division = _divided(call, tried, sharding)
+    if division is None or not (division.key_parts or division.slices_kv_heads):
+        return division
+    return replace(division, whole=replace(division.whole, rope=None))
+
+
+def _divided(
+    call: Call, tried: tuple[Implementation, ...], sharding: AttentionSharding | None
+) -> Division | None:
     problem, ops = call
     if sharding is not None:
         return divide_here(call.problem, ops.kv, sharding)
@@ -288,7 +324,7 @@ def prepare(
     normalize: bool = True,
     op: Op = Op.TKG,
 ) -> Call:
-    """Brings the arguments into canonical form, validates them, and rotates if asked to."""
+    """Brings the arguments into canonical form and validates them."""
     query = jnp.asarray(query)
     batch, tokens = (*query.shape, 0, 0)[:2]
     beside = 0 if new_key is None else tokens
@@ -331,9 +367,10 @@ def prepare(
         logits_soft_cap=logits_soft_cap,
         local_window_size=local_window_size,
         is_causal=is_causal,
+        rope=rope,
     )
     if rope is not None:
-        ops = _rotated(ops, rope)
+        ops = replace(ops, rotary_positions=rotation.rotary_positions(ops, tokens))
     return Call(problem, ops)
 
 
@@ -377,18 +414,3 @@ def _per_row(name: str, given: Rows, batch: int, most: int | None) -> Array | No
     if jnp.issubdtype(array.dtype, jnp.integer):
         array = array.astype(jnp.int32)
     return jnp.broadcast_to(array, (batch,)) if array.ndim == 0 else array
-
-
-def _rotated(ops: Operands, rope: RotaryEmbedding) -> Operands:
-    if ops.new_key is None:
-        raise ValueError(
-            "rope= rotates the new queries and keys, so the new keys must be beside the cache: "
-            "give new_key= and new_value=, or rotate both yourself with the RotaryEmbedding."
-        )
-    positions, tokens = ops.query_positions, ops.query.shape[1]
-    if positions is None:
-        total = ops.lengths
-        if total is None:
-            total = jnp.full(ops.query.shape[0], ops.kv.shape.kv_len + tokens, jnp.int32)
-        positions = default_query_positions(total, tokens)
-    return replace(ops, query=rope(ops.query, positions), new_key=rope(ops.new_key, positions))

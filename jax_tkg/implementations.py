@@ -46,7 +46,8 @@ class Implementation(Protocol):
         """Output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`, both float32; traced by JAX.
 
         If the problem is not normalised: output before the division, maximum and sum, as in
-        `SoftmaxState`.
+        `SoftmaxState`. A problem has `rope` only if the implementation rotates itself
+        (`jax_tkg.rotation.Rotates`); then the rotated new keys come last.
         """
 
 

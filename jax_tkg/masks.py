@@ -15,13 +15,18 @@ from jax_tkg._typing import Array, Bool, Int
 NO_POSITION = -1
 """The position of a cache slot that holds no token."""
 
+UNBOUNDED = 2**30
+"""A window this wide is as none: no row holds so many tokens, and sums of positions stay int32."""
+
+_LAST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Window:
     """Positions a query sees around its own, both ends inclusive; None is unbounded.
 
     A Mistral-style window of w keys (the query's own and the w - 1 before it) is `Window(w - 1,
-    0)`.
+    0)`. A side of 2^30 or more becomes None.
     """
 
     left: int | None
@@ -31,6 +36,8 @@ class Window:
         for side, value in (("left", self.left), ("right", self.right)):
             if value is not None and value < 0:
                 raise ValueError(f"local_window_size: {side} must be >= 0 or None, got {value}.")
+            if value is not None and value >= UNBOUNDED:
+                object.__setattr__(self, side, None)
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,12 @@ class PositionRule:
         """
         low, high = jnp.maximum(start, 0), length
         if self.causal:
-            high = jnp.minimum(high, query_position + 1)
+            high = jnp.minimum(high, _behind(query_position, 0))
         if self.window is not None:
             if self.window.left is not None:
                 low = jnp.maximum(low, query_position - self.window.left)
             if self.window.right is not None:
-                high = jnp.minimum(high, query_position + self.window.right + 1)
+                high = jnp.minimum(high, _behind(query_position, self.window.right))
         return low, high
 
     def reach(self, num_tokens: int) -> int | None:
@@ -78,6 +85,11 @@ class PositionRule:
         """Whether each query sees each key; all arguments broadcast, as in `interval`."""
         low, high = self.interval(query_position, start, length)
         return (key_position >= low) & (key_position < high)
+
+
+def _behind(position: Int[Array, "..."], right: int) -> Int[Array, "..."]:
+    """The position behind the last one that is at most `right` above; the last int32 if none is."""
+    return jnp.minimum(position, _LAST - right - 1) + (right + 1)
 
 
 def default_query_positions(length: Int[Array, " B"], num_tokens: int) -> Int[Array, "B T"]:

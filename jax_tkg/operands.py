@@ -32,6 +32,8 @@ class Operands:
             logits, with the bias.
         new_seen: bool `[B]`, whether a row's keys beside the cache are seen at all: of the devices
             that share a row one counts them. None where they are.
+        rotary_positions: int32 `[B, T]`, by which queries and new keys are still to be rotated;
+            None where they are, or need not be.
 
     S' covers the keys a query can see: S, or S + T with the new keys last when they are beside.
     """
@@ -50,6 +52,7 @@ class Operands:
     key_bounds: Leaf | None = None
     alibi_slopes: Leaf | None = None
     new_seen: Leaf | None = None
+    rotary_positions: Leaf | None = None
 
 
 jax.tree_util.register_dataclass(
@@ -66,6 +69,7 @@ _PER_ROW = (
     "key_positions",
     "key_bounds",
     "new_seen",
+    "rotary_positions",
 )
 _PER_ROW_OR_SHARED = ("mask", "bias", "sinks", "alibi_slopes")
 _HEAD_AXIS = {"query": 2, "mask": 1, "bias": 1, "sinks": 1, "alibi_slopes": 1}
@@ -102,7 +106,8 @@ def fold_into_heads(ops: Operands, axes: Operands, num_kv_heads: int, size: int)
 
     def fold(name: str, head_axis: int) -> Array | None:
         array, axis = getattr(ops, name), getattr(axes, name)
-        if array is None or (axis is None and array.shape[head_axis] == 1):
+        shared = name != "query" and axis is None
+        if array is None or (shared and array.shape[head_axis] == 1):
             return array
         stacked = (
             jnp.expand_dims(array, head_axis)

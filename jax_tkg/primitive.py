@@ -14,13 +14,13 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 
-from jax_tkg import _compat
+from jax_tkg import _compat, rotation
 from jax_tkg._typing import Array
 from jax_tkg.choice import choose
 from jax_tkg.implementations import Implementation
-from jax_tkg.online.backward import attention_backward
+from jax_tkg.lowering import lower_as_chosen, run_compiled
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import (
     Operands,
@@ -41,7 +41,7 @@ def bind(
 
     Returns:
         Output in the problem's `out_dtype` and log-sum-exp; of a problem that is not normalised,
-        output, maximum and sum in float32.
+        output, maximum and sum in float32. With `rope`, behind them the rotated new keys.
     """
     leaves, tree = jax.tree.flatten(ops)
     primitive = _PRIMITIVES[problem.op]
@@ -52,69 +52,42 @@ def bind(
 
 
 def _abstract_eval(*leaves: Any, tree: Any, problem: AttentionProblem, **_: Any) -> Any:
-    query = jax.tree.unflatten(tree, leaves).query
+    ops = jax.tree.unflatten(tree, leaves)
+    query = ops.query
     rows = query.shape[:3]
     float32 = np.dtype(np.float32)
     out = _compat.like_query(query, (*rows, problem.value_head_dim), problem.out_dtype)
     of_rows = _compat.like_query(query, rows, float32)
-    return (out, of_rows) if problem.normalize else (out, of_rows, of_rows)
+    keys = () if problem.rope is None else (ops.new_key.update(weak_type=False),)
+    return (out, *(of_rows,) * (1 if problem.normalize else 2), *keys)
 
 
 # --- lowering
 
 
-def _run(
+def _choose(
+    target: Target,
     *leaves: Array,
     tree: Any,
     problem: AttentionProblem,
     tried: tuple[Implementation, ...],
+) -> Implementation:
+    del leaves, tree
+    return choose(problem, target, tried).require()
+
+
+def _run(
+    chosen: Implementation,
     target: Target,
+    *leaves: Array,
+    tree: Any,
+    problem: AttentionProblem,
+    tried: tuple[Implementation, ...],
 ) -> tuple[Array, ...]:
-    """What is chosen for the platform; for several that differ in it, a branch for each."""
-    platforms: dict[Implementation, tuple[str, ...]] = {}
-    for platform in target.platforms:
-        chosen = choose(problem, replace(target, platforms=(platform,)), tried).require()
-        platforms[chosen] = (*platforms.get(chosen, ()), platform)
-    branches = {
-        platform: partial(
-            _run_chosen, chosen, problem, tree, replace(target, platforms=platforms[chosen])
-        )
-        for chosen in platforms
-        for platform in platforms[chosen]
-    }
-    if len(platforms) == 1:
-        return branches[target.platforms[0]](*leaves)
-    return tuple(lax.platform_dependent(*leaves, **branches))
-
-
-def _run_chosen(
-    chosen: Implementation, problem: AttentionProblem, tree: Any, target: Target, *leaves: Array
-) -> tuple[Array, ...]:
-    with jax.named_scope(f"{problem.op}[{chosen.name}]"), _compat.no_explicit_mesh():
-        out, *of_rows = chosen.run(problem, jax.tree.unflatten(tree, leaves), target)
-        return out.astype(problem.out_dtype), *of_rows
-
-
-def _lower(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
-    # Partitioning has no rule of its own: inside shard_map a device's shard arrives here, elsewhere
-    # the compiler splits what it can see into. A kernel is opaque to it, and refuses that target.
-    platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-    devices = _compat.devices_to_partition(ctx)
-    target = Target(platforms, auto_partitioned=devices > 1, devices=devices)
-    lower = mlir.lower_fun(partial(_run, target=target), multiple_results=True)
-    # The body is traced without explicit shardings: the compiler propagates those of the operands.
-    plain = ctx.replace(avals_in=[_compat.without_sharding(a) for a in ctx.avals_in])
-    return lower(plain, *values, **params)
-
-
-@partial(jax.jit, static_argnames=("tree", "problem", "tried"))
-def _compiled(*leaves: Array, problem: AttentionProblem, **params: Any) -> Any:
-    return _PRIMITIVES[problem.op].bind(*leaves, problem=problem, **params)
-
-
-def _eager(*leaves: Array, **params: Any) -> Any:
-    with jax.disable_jit(False):  # or it would come back here
-        return _compiled(*leaves, **params)
+    del tried
+    with jax.named_scope(f"{problem.op}[{chosen.name}]"):
+        out, *rest = rotation.run(chosen, problem, jax.tree.unflatten(tree, leaves), target)
+        return out.astype(problem.out_dtype), *rest
 
 
 # --- batching
@@ -125,8 +98,13 @@ def _batch(
 ) -> tuple[Any, Any]:
     mapped, axis = next((x, d) for x, d in zip(leaves, dims, strict=True) if d is not None)
     size, axes = mapped.shape[axis], jax.tree.unflatten(tree, dims)
-    query = jax.typeof(jax.tree.unflatten(tree, leaves).query)
-    sharding = _compat.stacked_sharding(query, axes.query, jax.typeof(mapped), axis)
+    ops = jax.tree.unflatten(tree, leaves)
+
+    def stacked(name: str) -> Any:
+        type_, own = jax.typeof(getattr(ops, name)), getattr(axes, name)
+        return _compat.stacked_sharding(type_, own, jax.typeof(mapped), axis)
+
+    sharding = stacked("query")
     by_copy, by_row = sharding.spec[:2]
     if maps_heads_only(axes):
         attend = _attend_in_heads
@@ -139,6 +117,7 @@ def _batch(
         return attend(problem, tried, jax.tree.unflatten(tree, leaves), axes, size)
 
     shardings = [sharding] * (2 if problem.normalize else 3)
+    shardings += [] if problem.rope is None else [stacked("new_key")]
     results = _compat.partitioned_by_compiler(attend_copies, shardings, *leaves)
     return results, [0] * len(results)
 
@@ -149,7 +128,10 @@ def _attend_in_heads(
     """All copies as query heads of one problem: what only they have is read with one cache."""
     ops = fold_into_heads(ops, axes, problem.num_kv_heads, size)
     folded = _with_dense_of(ops, replace(problem, num_heads=problem.num_heads * size))
-    return [unfold_heads(r, problem.num_kv_heads, size) for r in bind(folded, tried, ops)]
+    results = list(bind(folded, tried, ops))
+    keys = [] if problem.rope is None else [results.pop()]  # of all copies, the same
+    copies = [jnp.broadcast_to(x, (size, *x.shape)) for x in keys]
+    return [unfold_heads(r, problem.num_kv_heads, size) for r in results] + copies
 
 
 def _attend_in_batch(
@@ -188,8 +170,8 @@ def _with_dense_of(ops: Operands, problem: AttentionProblem) -> AttentionProblem
 for _primitive in _PRIMITIVES.values():
     _primitive.multiple_results = True
     _primitive.def_abstract_eval(_abstract_eval)
-    _primitive.def_impl(_eager)
-    mlir.register_lowering(_primitive, _lower)
+    run_compiled(_primitive, ("tree", "problem", "tried"))
+    lower_as_chosen(_primitive, _choose, _run)
     batching.primitive_batchers[_primitive] = _batch
 
 
@@ -215,11 +197,17 @@ def _attend(
     return bind(problem, tried, ops)
 
 
+def result_names(problem: AttentionProblem) -> tuple[str, ...]:
+    """What the results are called for the policies of `jax.checkpoint`."""
+    names = ("out", "lse") if problem.normalize else ("out", "max", "sum")
+    return names if problem.rope is None else (*names, "new_key")
+
+
 def _attend_forward(
     problem: AttentionProblem, tried: tuple[Implementation, ...], ops: Operands
 ) -> tuple[tuple[Array, ...], tuple[Operands, tuple[Array, ...]]]:
-    names = ("out", "lse") if problem.normalize else ("out", "max", "sum")
     found = _attend(problem, tried, ops)
+    names = result_names(problem)
     found = tuple(
         checkpoint_name(x, f"{problem.op}_{name}") for x, name in zip(found, names, strict=True)
     )
@@ -239,7 +227,7 @@ def _attend_backward(
     wanted, wanted_tree = jax.tree.flatten(floats)
 
     def backward(*arrays: Array) -> list[Array]:
-        d_floats = attention_backward(problem, *jax.tree.unflatten(tree, arrays))
+        d_floats = rotation.backward(problem, *jax.tree.unflatten(tree, arrays))
         return wanted_tree.flatten_up_to(d_floats)  # type: ignore[attr-defined]
 
     shardings = [jax.typeof(x).sharding for x in wanted]

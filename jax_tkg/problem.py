@@ -18,6 +18,7 @@ from jax_tkg.cache.layouts import LayoutTraits
 from jax_tkg.cache.storage import CACHE_DTYPES, is_quantised, stored_dtype
 from jax_tkg.masks import PositionRule, Window
 from jax_tkg.operands import Operands
+from jax_tkg.rope import RotaryEmbedding
 
 QUERY_DTYPES: tuple[np.dtype, ...] = tuple(
     np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -50,6 +51,8 @@ class AttentionProblem:
         logits_soft_cap: c in c * tanh(logit / c), applied after the scale; None for none.
         rule: causal and window.
         has_new_kv: the new keys and values come beside the cache.
+        rope: queries and new keys are still to be rotated, and rotated new keys are a last result.
+        new_key_dtype: of those keys; None where there are none.
         has_lengths, has_starts: rows have their own valid range.
         has_positions: slots of the cache hold tokens at given positions.
         has_query_positions: the new tokens sit at given positions.
@@ -88,6 +91,8 @@ class AttentionProblem:
     has_key_bounds: bool
     has_alibi: bool
     normalize: bool
+    rope: RotaryEmbedding | None = None
+    new_key_dtype: np.dtype | None = None
     is_part: bool = False
     exchange: tuple[str, ...] = ()
 
@@ -143,6 +148,7 @@ class AttentionProblem:
             "positions": self.has_positions,
             "query positions": self.has_query_positions,
             "new keys beside": self.has_new_kv,
+            "rope": self.rope is not None,
             "mask": self.mask is not None,
             "bias": self.bias is not None,
             "sinks": self.has_sinks,
@@ -165,6 +171,7 @@ def make_problem(
     logits_soft_cap: float | None,
     local_window_size: int | Sequence[int | None] | None,
     is_causal: bool,
+    rope: RotaryEmbedding | None = None,
 ) -> AttentionProblem:
     """Checks everything about a call that can be wrong and describes it.
 
@@ -177,6 +184,7 @@ def make_problem(
     _check_dtypes(ops)
     _check_query(ops)
     _check_new_kv(ops)
+    _check_rope(ops, rope)
     _check_scales(ops)
     _check_rows(ops)
     kv, query = ops.kv.shape, ops.query.shape
@@ -211,6 +219,8 @@ def make_problem(
         has_key_bounds=ops.key_bounds is not None,
         has_alibi=ops.alibi_slopes is not None,
         normalize=_python_bool("normalize", normalize, "Divide the state yourself where traced."),
+        rope=rope,
+        new_key_dtype=None if ops.new_key is None else np.dtype(ops.new_key.dtype),
     )
 
 
@@ -316,6 +326,22 @@ def _check_new_kv(ops: Operands) -> None:
                 f"{name} must be [B, T, K, H] = {needed}, one per query token and KV head; "
                 f"got {tuple(given)} ({_describe(ops)})."
             )
+
+
+def _check_rope(ops: Operands, rope: Any) -> None:
+    if rope is None:
+        return
+    if not isinstance(rope, RotaryEmbedding):
+        raise TypeError(
+            f"rope must be a jax_tkg.RotaryEmbedding, got {rope!r}. Rotate queries and keys "
+            "yourself if they turn in another way."
+        )
+    if ops.new_key is None:
+        raise ValueError(
+            "rope= rotates the new queries and keys, so the new keys must be beside the cache: "
+            "give new_key= and new_value=, or rotate both yourself with the RotaryEmbedding."
+        )
+    rope.frequencies(ops.query.shape[3])  # raises if they do not fit
 
 
 def _check_scales(ops: Operands) -> None:

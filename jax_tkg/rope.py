@@ -104,7 +104,8 @@ class RotaryEmbedding:
     """Rotary embedding of queries and keys: static, hashable configuration and the rotation.
 
     Positions may be any int32 in [-2^20, 2^20]; a negative position turns the other way, so a
-    padding slot at position -1 stays finite. Beyond 2^20 accuracy fades slowly (3e-7 at 2^30).
+    padding slot at position -1 stays finite. Beyond 2^20 accuracy fades slowly (3e-7 at 2^30); that
+    of a kernel which rotates itself ends at 2^24.
 
     Attributes:
         base: Wavelength base: pair i of R turns `base**(-i/R)` radians per token.

@@ -7,6 +7,7 @@ output rescaled as in Dao et al., "FlashAttention" (2022), algorithm 1.
 
 The maximum starts at the lowest finite float, not at -inf: a masked logit is -inf and
 `exp(-inf - finite)` is 0, so a row whose tiles are all masked stays at sum 0 and no NaN can arise.
+A logit that is NaN makes its row NaN: it is not taken for a row without keys.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ class SoftmaxState:
 
     def finalize(self) -> tuple[Float[Array, "*rows Hv"], Float[Array, "*rows"]]:
         """Output `[*rows, Hv]` and log-sum-exp `[*rows]`; 0 and -inf for a row without a key."""
-        seen = self.sum > 0
+        seen = self.sum != 0  # NaN is seen
         total = jnp.where(seen, self.sum, 1.0)
         out = jnp.where(seen[..., None], self.output / total[..., None], 0.0)
         return out, jnp.where(seen, self.max + jnp.log(total), -jnp.inf)
@@ -138,7 +139,7 @@ def merge_attention(
     top = jnp.maximum(jnp.max(stacked, axis=0), LOWEST)
     weights = jnp.exp(stacked - top)
     total = jnp.sum(weights, axis=0)
-    seen = total > 0
+    seen = total != 0  # NaN is seen
     safe = jnp.where(seen, total, 1.0)
     mixed = sum(
         (w / safe)[..., None] * out.astype(jnp.float32)

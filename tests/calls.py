@@ -51,7 +51,7 @@ def make_call(case: Case, implementation: Any = None) -> Call:
         )
 
     def oracle(arrays: Arrays) -> Results:
-        out, lse = attend_reference(*prepare(op=Op(case.op), **arrays, **static))
+        out, lse = attend_reference(*prepare(op=Op(case.op), **arrays, **static).rotated())
         return out.astype(arrays["query"].dtype), lse
 
     return Call(arrays, jax.tree.map(without_nan, arrays), ours, oracle)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.compiling import FLAGS
+
 HOST_DEVICES = 8
 
 if "jax_tkg" in sys.modules or "jax" in sys.modules:
@@ -61,6 +63,24 @@ pytest.register_assert_rewrite("tests.conformance")
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("ci")
+
+
+def quick_only(config: pytest.Config) -> bool:
+    """Whether slow tests and examples are left out, as in `make test`."""
+    return all(f"not {mark}" in config.option.markexpr for mark in ("slow", "example"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if quick_only(config):
+        os.environ["XLA_FLAGS"] = " ".join((os.environ["XLA_FLAGS"], *FLAGS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    import jax
+
+    real = item.get_closest_marker("model") is not None
+    jax.config.update("jax_disable_most_optimizations", quick_only(item.config) and not real)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -120,6 +120,35 @@ def test_both_ends_of_the_window_are_inclusive(implementation, window, first, la
     assert_close(out, [(first + last) / 2], [LOG(last - first + 1)])
 
 
+@pytest.mark.parametrize("window", [(None, 2**31 - 1), (2**31 - 1, 2**40), (2**30 - 1, 2**30 - 1)])
+def test_a_window_wider_than_any_row_is_none(implementation, window):
+    out = attend(
+        implementation,
+        ZEROS,
+        COUNT,
+        key_value_seq_lengths=[8],
+        local_window_size=window,
+        is_causal=False,
+    )
+    assert_close(out, [3.5], [LOG(8)])
+
+
+def test_windows_far_apart_show_nothing_between_them(implementation):
+    positions = [220, 41, 290, 139, 90, 176]
+    values = np.full(300, np.nan)
+    seen = np.array(positions)[:, None] - [0, 1]
+    values[seen] = seen
+    out = attend(
+        implementation,
+        np.zeros(300),
+        values,
+        tokens=6,
+        query_positions=[positions],
+        local_window_size=(1, 0),
+    )
+    assert_close(out, np.array(positions) - 0.5, np.full(6, LOG(2)))
+
+
 def test_causality_cuts_the_window(implementation):
     out = attend(
         implementation, ZEROS, COUNT, key_value_seq_lengths=[8], local_window_size=2, tokens=2
@@ -320,6 +349,13 @@ def test_huge_logits_stay_finite(implementation, size):
     logits = np.asarray([-size, 0, size, -size, size, 0])
     out, lse = attend(implementation, logits, [9, 9, 1, 9, 2, 9])
     assert_close((out, lse), [1.5], [size + LOG(2)])
+
+
+def test_not_a_number_among_the_logits_shows(implementation):
+    """A model that diverged is not taken for padding."""
+    out, lse = attend(implementation, np.where(COUNT == 3, np.nan, 0.0), COUNT)
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
 
 
 def test_small_differences_of_large_logits_count(implementation):

@@ -48,6 +48,18 @@ def test_a_new_state_has_seen_nothing():
     np.testing.assert_array_equal(lse, np.full((2, 3), -np.inf))
 
 
+def test_not_a_number_shows(data):
+    logits, values = data
+    logits[1, 7] = np.nan
+    state = fold(SoftmaxState.init((3,), 4), logits, values)
+    for out, lse in (
+        state.finalize(),
+        merge_attention([state.output[None, None]], [state.max[None, None] + jnp.log(state.sum)]),
+    ):
+        np.testing.assert_array_equal(np.isnan(np.squeeze(lse)), [False, True, False])
+        np.testing.assert_array_equal(np.isnan(np.squeeze(out)).all(-1), [False, True, False])
+
+
 @pytest.mark.parametrize("order", ["as they come", "ascending", "descending"])
 @pytest.mark.parametrize("tile", [1, 5, 24])
 def test_folding_tiles_is_softmax(data, tile, order):

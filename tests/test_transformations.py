@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -148,6 +148,24 @@ def test_vmap_over_what_heads_have(mapped: tuple[str, ...]) -> None:
     check_vmap(replace(FULL, mask="shared", rows="lengths"), mapped)
 
 
+@pytest.mark.parametrize("name", ["mask", "bias", "sinks"])
+def test_vmap_over_what_the_only_head_has(name: str) -> None:
+    query, key = (
+        jnp.ones((1, 1, 1, 8)),
+        jnp.arange(4.0)[None, :, None, None] * jnp.ones((1, 4, 1, 8)),
+    )
+    wide = {"mask": jnp.tri(4, dtype=bool)[1:], "bias": -jnp.eye(4)[1:], "sinks": jnp.arange(3.0)}
+    mapped = wide[name] if name == "sinks" else wide[name][:, None, None, None]
+    mapped = mapped.reshape(3, 1) if name == "sinks" else mapped
+
+    def attend(given: jax.Array) -> jax.Array:
+        return jax_tkg.attention_tkg(query, key, key, **{name: given})
+
+    each = jnp.stack([attend(given) for given in mapped])
+    np.testing.assert_allclose(jax.vmap(attend)(mapped), each, rtol=1e-6)
+    assert len(np.unique(each)) == 3
+
+
 PAGED = replace(SMALL, layout="paged", page_len=8, beside=True)
 QUANTISED = replace(SMALL, layout="BKHS", cache_dtype="int8", scales="head")
 
@@ -216,3 +234,28 @@ def test_vmap_does_not_repeat_a_shared_cache(mapped: tuple[str, ...], platform: 
         compiled = traced.lower().compile(QUICKLY)
         assert not operations_of_size(compiled.as_text(), copies * cache_size)
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * cache_size
+
+
+@pytest.fixture
+def counting_in_64_bits() -> Iterator[None]:
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("counting_in_64_bits")
+def test_indices_of_64_bits() -> None:
+    """What JAX makes of Python numbers is int64 then: all indices of an update must be alike."""
+    ones = jnp.ones((2, 24, 2, 8), jnp.float32)
+    query, lengths = ones[:, :1], jnp.array([4, 20])
+    paged = jax_tkg.PagedKVCache.create(2, 12, 8, 4, 2, 8).append(ones, ones, lengths)
+    ring = jax_tkg.RingKVCache.create(2, 16, 2, 8, dtype=jnp.bfloat16).append(ones, ones)
+    results = [
+        jax_tkg.attention_tkg(query, ones, ones, key_value_seq_lengths=lengths),
+        jax_tkg.attention_cte(ones, ones, ones),
+        jax_tkg.attention_tkg(query, paged.truncate(jnp.array([3, 4])).fork(0, 1)),
+        jax_tkg.attention_tkg(query, ring, local_window_size=(3, 0)),
+    ]
+    for result in results:
+        assert result.dtype == jnp.float32
+        np.testing.assert_allclose(result, jnp.ones_like(result), rtol=1e-6)

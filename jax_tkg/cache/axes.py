@@ -65,3 +65,44 @@ def write_rows(array: Array, axes: str, new: Array, slots: Array, keep: Array) -
         return lax.dynamic_update_slice(array, jnp.where(inside.reshape(shape), block, old), starts)
 
     return lax.fori_loop(0, new.shape[0], write_row, array)
+
+
+def scatter_rows(array: Array, axes: str, new: Array, slots: Array, keep: Array) -> Array:
+    """As `write_rows`, for an array that the compiler may split between devices.
+
+    A loop over rows updates one device's part of the array after the other, for which the compiler
+    gathers it; of a scatter each device does what falls on its part, and skips the rest: those
+    indices reach beyond its part.
+    """
+    num_slots = array.shape[axes.index("S")]
+    order = ["B", "T", *(a for a in axes if a not in "BS")]
+    updates = jnp.transpose(new, ["BTKH".index(a) for a in order])
+    dims = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, len(order))),
+        inserted_window_dims=(axes.index("S"),),
+        scatter_dims_to_operand_dims=(axes.index("S"),),
+        operand_batching_dims=(axes.index("B"),),
+        scatter_indices_batching_dims=(0,),
+    )
+    at, inside = slots_of_tokens(slots, keep, num_slots)
+    # What is dropped goes behind the end, each token to an index of its own.
+    at = jnp.where(inside, at, num_slots + jnp.arange(keep.shape[1], dtype=jnp.int32))
+    return lax.scatter(array, at[..., None], updates, dims, mode="drop", unique_indices=True)
+
+
+def select_rows(array: Array, axes: str, new: Array, slots: Array, keep: Array) -> Array:
+    """As `scatter_rows` with no index beyond the array, which is read and written as a whole."""
+    num_slots, num_tokens = array.shape[axes.index("S")], keep.shape[1]
+    token = jnp.arange(num_slots, dtype=jnp.int32) - slots[:, None]
+    inside = (token >= 0) & (token < num_tokens)
+    token = jnp.clip(token, 0, num_tokens - 1)
+    inside &= jnp.take_along_axis(keep, token, axis=1, mode="clip")
+    taken = jnp.take_along_axis(new, token[..., None, None], axis=1, mode="clip")
+    inside = in_order(inside[..., None, None], "BSKH", axes)
+    return jnp.where(inside, in_order(taken, "BSKH", axes), array)
+
+
+def slots_of_tokens(slots: Array, keep: Array, num_slots: int) -> tuple[Array, Array]:
+    """Slot of each token of each row `[B, T]`, and whether it is to be written there."""
+    at = slots[:, None] + jnp.arange(keep.shape[1], dtype=jnp.int32)
+    return at, keep & (at >= 0) & (at < num_slots)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from jax_tkg._typing import Array, Bool, Int, Leaf, Num
 from jax_tkg.cache import sharded
+from jax_tkg.cache.checks import boolean_per_row, check_new_tokens, check_sizes, integer_per_row
 from jax_tkg.cache.layouts import BKSH, DENSE_LAYOUTS, DenseLayout, KVLayout
 from jax_tkg.cache.storage import CACHE_DTYPES, Scale, cpu_needs_bits, head_scale, stored_dtype
 from jax_tkg.cache.writing import Writer, WriterLike, choose_writer, write, writers
@@ -88,15 +89,18 @@ class KVCache:
                 of a shard.
 
         Raises:
-            ValueError: for an unknown layout, a scale that does not fit, or a size that the mesh
-                does not divide.
+            ValueError: for an unknown layout, a scale that does not fit, a size below 1, or one
+                that the mesh does not divide.
             TypeError: for a dtype a cache cannot have.
         """
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        check_sizes(batch=batch, capacity=capacity, num_kv_heads=num_kv_heads)
+        check_sizes(head_dim=head_dim, value_head_dim=value_head_dim)
         layout_cls = dense_layout(layout)
         logical, stored = cache_dtypes(dtype, as_bits)
         new = sharded.Maker(sharding, batch=batch, slots=capacity, num_kv_heads=num_kv_heads)
         sizes = {"B": batch, "S": capacity, "K": num_kv_heads, "H": head_dim}
-        value_sizes = sizes | {"H": head_dim if value_head_dim is None else value_head_dim}
+        value_sizes = sizes | {"H": value_head_dim}
         kv = layout_cls(
             key=new.full(layout_cls.key_axes, sizes, 0, stored),
             value=new.full(layout_cls.value_axes, value_sizes, 0, stored),
@@ -209,17 +213,30 @@ class KVCache:
             value: values `[B, T, K, Hv]`.
             lengths: int32 `[B]`, tokens of each row up to its last real one (right padding
                 follows).
-            starts: int32 `[B]`, left padding before each row's first real token.
+            starts: int32 `[B]`, left padding before each row's first real token; a negative one
+                counts as 0.
+
+        Raises:
+            ValueError: as for `append`; if lengths or starts are not integers `[B]`.
         """
-        empty = self.reset()
+        empty, batch = self.reset(), self.lengths.shape[0]
         if starts is not None:
-            empty = sharded.run(_with_starts, empty, (starts.astype(jnp.int32), "B"))
+            starts = integer_per_row(starts, batch, "starts", "the left padding of each row")
+            empty = sharded.run(_with_starts, empty, (starts, "B"))
+        if lengths is not None:
+            lengths = integer_per_row(lengths, batch, "lengths", "the tokens of each row")
         return empty.append(key, value, lengths)
 
     def reset(self, rows: Bool[Array, " B"] | None = None) -> Self:
-        """Forgets the tokens of the given rows, by default of all."""
+        """Forgets the tokens of the given rows, by default of all.
+
+        Raises:
+            ValueError: if `rows` is not of booleans `[B]`.
+        """
+        (batch,) = self.lengths.shape
         if rows is None:
-            rows = jnp.ones(self.lengths.shape, bool)
+            rows = jnp.ones(batch, bool)
+        rows = boolean_per_row(rows, batch, "rows", "whether to forget each row")
         return sharded.run(type(self)._reset, self, (rows, "B"))
 
     def truncate(self, lengths: Int[Array, " B"]) -> Self:
@@ -227,8 +244,13 @@ class KVCache:
 
         In a ring the slots they took held older tokens, which do not come back: `starts` moves past
         those.
+
+        Raises:
+            ValueError: if `lengths` are not integers `[B]`.
         """
-        return sharded.run(type(self)._truncate, self, (lengths.astype(jnp.int32), "B"))
+        (batch,) = self.lengths.shape
+        lengths = integer_per_row(lengths, batch, "lengths", "the tokens that each row keeps")
+        return sharded.run(type(self)._truncate, self, (lengths, "B"))
 
     def overflowed(self) -> Bool[Array, " B"]:
         """Rows that were given more tokens than they can hold."""
@@ -267,30 +289,13 @@ class KVCache:
             )
 
     def _check_append(self, key: Array, value: Array, counts: Array | None) -> Array:
-        shape = self.kv.shape
-        for name, new, width in (
-            ("key", key, shape.head_dim),
-            ("value", value, shape.value_head_dim),
-        ):
-            fits = new.ndim == 4 and new.shape[1] == key.shape[1]
-            if not fits or (new.shape[0], *new.shape[2:]) != (
-                shape.batch,
-                shape.num_kv_heads,
-                width,
-            ):
-                raise ValueError(
-                    f"{name} must be [B, T, K, H] = ({shape.batch}, T, {shape.num_kv_heads}, "
-                    f"{width}) for this cache; got {tuple(new.shape)}."
-                )
+        check_new_tokens(self.kv.shape, key, value)
         self._check_tokens(key.shape[1])
+        batch = self.kv.shape.batch
         if counts is None:
-            return jnp.full((shape.batch,), key.shape[1], jnp.int32)
-        if counts.shape != (shape.batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
-            raise ValueError(
-                f"counts must be integers of shape ({shape.batch},), the real tokens of each row; "
-                f"got {counts.dtype} {tuple(counts.shape)}."
-            )
-        return jnp.clip(counts.astype(jnp.int32), 0, key.shape[1])
+            return jnp.full((batch,), key.shape[1], jnp.int32)
+        counts = integer_per_row(counts, batch, "counts", "the real tokens of each row")
+        return jnp.clip(counts, 0, key.shape[1])
 
 
 @register_cache
@@ -352,7 +357,7 @@ class _Append:
 
 
 def _with_starts(cache: KVCache, starts: Array) -> KVCache:
-    return replace(cache, starts=starts)
+    return replace(cache, starts=jnp.maximum(starts, 0))
 
 
 def dense_layout(layout: str | type[DenseLayout]) -> type[DenseLayout]:
@@ -365,6 +370,10 @@ def dense_layout(layout: str | type[DenseLayout]) -> type[DenseLayout]:
         if layout not in DENSE_LAYOUTS:
             raise ValueError(f"unknown layout {layout!r}; there are {', '.join(DENSE_LAYOUTS)}.")
         return DENSE_LAYOUTS[layout]
+    if not (isinstance(layout, type) and issubclass(layout, DenseLayout)):
+        raise ValueError(
+            f"layout must be {', '.join(DENSE_LAYOUTS)}, or the class; got {layout!r}."
+        )
     return layout
 
 

@@ -17,7 +17,14 @@ from jax import lax
 
 from jax_tkg._typing import Array, Bool, Float, Int, Leaf, Num
 from jax_tkg.cache import storage
-from jax_tkg.cache.axes import in_order, slice_axes, slice_in_loop, write_rows
+from jax_tkg.cache.axes import (
+    in_order,
+    scatter_rows,
+    select_rows,
+    slice_axes,
+    slice_in_loop,
+    write_rows,
+)
 
 _FLOAT32 = np.dtype(np.float32)
 _META_FIELDS = frozenset({"dtype"})
@@ -137,6 +144,22 @@ class KVLayout(abc.ABC):
         Tokens whose slot lies outside `[0, S)` are dropped, and no other slot changes. `slots` may
         be negative: a part of a sequence drops the tokens of the other parts.
         """
+
+    def write_split(
+        self,
+        key: Num[Array, "B T K H"],
+        value: Num[Array, "B T K Hv"],
+        slots: Int[Array, " B"],
+        keep: Bool[Array, "B T"],
+        *,
+        in_bounds: bool,
+    ) -> Self:
+        """As `write`, where the compiler may split the cache between devices.
+
+        With `in_bounds` no index reaches beyond an array, as some platforms need.
+        """
+        del in_bounds
+        return self.write(key, value, slots, keep)
 
     @abc.abstractmethod
     def fold_batch(self, axes: "KVLayout", size: int) -> Self:
@@ -268,11 +291,27 @@ class DenseLayout(KVLayout):
         keep: Bool[Array, "B T"],
     ) -> Self:
         """See `KVLayout.write`: one in-place update of at most T slots per row."""
+        return self._write(write_rows, key, value, slots, keep)
+
+    def write_split(
+        self,
+        key: Num[Array, "B T K H"],
+        value: Num[Array, "B T K Hv"],
+        slots: Int[Array, " B"],
+        keep: Bool[Array, "B T"],
+        *,
+        in_bounds: bool,
+    ) -> Self:
+        """See `KVLayout.write_split`: one scatter, or a selection among all slots."""
+        write = select_rows if in_bounds else scatter_rows
+        return self._write(write, key, value, slots, keep)
+
+    def _write(self, write: Any, key: Array, value: Array, slots: Array, keep: Array) -> Self:
         new_key, new_value = self.encode(key, value)
         return replace(
             self,
-            key=write_rows(self.key, self.key_axes, new_key, slots, keep),
-            value=write_rows(self.value, self.value_axes, new_value, slots, keep),
+            key=write(self.key, self.key_axes, new_key, slots, keep),
+            value=write(self.value, self.value_axes, new_value, slots, keep),
         )
 
     def fold_batch(self, axes: "KVLayout", size: int) -> Self:

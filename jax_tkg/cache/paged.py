@@ -10,7 +10,7 @@ from jax import lax
 
 from jax_tkg._typing import Array, Bool, Float, Int, Leaf, Num
 from jax_tkg.cache import storage
-from jax_tkg.cache.axes import slice_in_loop
+from jax_tkg.cache.axes import slice_in_loop, slots_of_tokens
 from jax_tkg.cache.layouts import KVLayout, KVShape, fold_axis, fold_scale, register_layout
 
 NO_PAGE = -1
@@ -85,7 +85,7 @@ class Paged(KVLayout):
             stored = jnp.concatenate([read(i) for i in range(count)])
         else:
             tile = jnp.zeros((count * page_len, width), jax.eval_shape(read, 0).dtype)
-            stored = lax.fori_loop(0, count, copy, tile)
+            stored = lax.fori_loop(jnp.int32(0), count, copy, tile)
         return storage.decode(stored, self.dtype, np.dtype(np.float32))
 
     def block(
@@ -160,8 +160,34 @@ class Paged(KVLayout):
                 for pool, new in zip(pools, (new_key, new_value), strict=True)
             )
 
-        pools = lax.fori_loop(0, batch * num_tokens, write_token, (self.key, self.value))
+        pools = lax.fori_loop(jnp.int32(0), batch * num_tokens, write_token, (self.key, self.value))
         return replace(self, key=pools[0], value=pools[1])
+
+    def write_split(
+        self,
+        key: Num[Array, "B T K H"],
+        value: Num[Array, "B T K Hv"],
+        slots: Int[Array, " B"],
+        keep: Bool[Array, "B T"],
+        *,
+        in_bounds: bool,
+    ) -> Self:
+        """See `KVLayout.write_split`: one scatter into the pool."""
+        if in_bounds:
+            return self.write(key, value, slots, keep)
+        at, inside = slots_of_tokens(slots, keep, self.shape.kv_len)
+        column = jnp.clip(at, 0, self.shape.kv_len - 1) // self.page_len
+        page = jnp.take_along_axis(self.page_indices, column, axis=1, mode="clip")
+        # What is dropped goes behind the last page, each token to a page of its own.
+        behind = self.key.shape[0] + jnp.arange(keep.size, dtype=jnp.int32).reshape(keep.shape)
+        page = jnp.where(inside & (page >= 0), page, behind)
+        where = jnp.stack([page, at % self.page_len], axis=-1)
+        dims = lax.ScatterDimensionNumbers((2, 3), (0, 2), (0, 2))
+        key, value = (
+            lax.scatter(pool, where, new, dims, mode="drop", unique_indices=True)
+            for pool, new in zip((self.key, self.value), self.encode(key, value), strict=True)
+        )
+        return replace(self, key=key, value=value)
 
     def fold_batch(self, axes: KVLayout, size: int) -> Self:
         """See `KVLayout.fold_batch`: mapped pools are laid end to end, a shared pool stays one."""

@@ -8,6 +8,7 @@ that Neuron cannot run: no sort, no branch, scatters that only overwrite.
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from jax import lax
 
 from jax_tkg._typing import Array, Bool, Int
 from jax_tkg.cache import sharded
+from jax_tkg.cache.checks import check_sizes
 from jax_tkg.cache.kv_cache import KVCache, cache_dtypes, register_cache
 from jax_tkg.cache.paged import NO_PAGE, Paged
 from jax_tkg.cache.storage import Scale, head_scale
@@ -81,17 +83,16 @@ class PagedKVCache(KVCache):
                 the mesh does not divide.
             TypeError: for a dtype a cache cannot have.
         """
-        if min(num_pages, page_len, pages_per_sequence) < 1:
-            raise ValueError(
-                "num_pages, page_len and pages_per_sequence must be at least 1; got "
-                f"{num_pages}, {page_len} and {pages_per_sequence}."
-            )
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        check_sizes(batch=batch, num_pages=num_pages, page_len=page_len)
+        check_sizes(pages_per_sequence=pages_per_sequence, num_kv_heads=num_kv_heads)
+        check_sizes(head_dim=head_dim, value_head_dim=value_head_dim)
         _check_pool(num_pages, sharding)
         logical, stored = cache_dtypes(dtype, as_bits)
         new = sharded.Maker(sharding, batch=batch, num_kv_heads=num_kv_heads)
         sizes = {"B": batch, "S": pages_per_sequence, "P": num_pages, "K": num_kv_heads}
         sizes |= {"L": page_len, "H": head_dim}
-        value_sizes = sizes | {"H": head_dim if value_head_dim is None else value_head_dim}
+        value_sizes = sizes | {"H": value_head_dim}
         kv = Paged(
             key=new.full("PKLH", sizes, 0, stored),
             value=new.full("PKLH", value_sizes, 0, stored),
@@ -133,12 +134,16 @@ class PagedKVCache(KVCache):
             target: as many rows, each named once.
 
         Raises:
-            ValueError: for a row number, given as an int, that is not one; for two ints that are
-                rows of different shards.
+            ValueError: for what are not row numbers, as far as their values are known; for another
+                number of sources than of targets; for two ints that are rows of different shards.
         """
         batch = self.lengths.shape[0]
         sharded.check_same_shard(self, source, target)
         source, target = _rows(source, batch, "source"), _rows(target, batch, "target")
+        if source.shape != target.shape:
+            raise ValueError(
+                f"fork needs as many sources as targets; got {source.size} and {target.size}."
+            )
         row = jnp.arange(batch, dtype=jnp.int32)
         parent = row.at[target].set(source)
         return sharded.run(type(self)._fork, self, (row, "B"), (parent, "B"))
@@ -252,7 +257,7 @@ class PagedKVCache(KVCache):
     def _with_own_last_page(self, row: Array) -> Self:
         kv, length, pages = self._paged, self.lengths[row], self._num_pages
         entry = length // kv.page_len
-        at = (row, jnp.clip(entry, 0, kv.page_indices.shape[1] - 1))
+        at = (jnp.int32(row), jnp.clip(entry, 0, kv.page_indices.shape[1] - 1))
         old = kv.page_indices[at]
         is_partial = (length % kv.page_len > 0) & (length < self.capacity) & (old >= 0)
         is_shared = is_partial & (jnp.sum(kv.page_indices == old, dtype=jnp.int32) > 1)
@@ -293,7 +298,11 @@ def _check_pool(num_pages: int, sharding: AttentionSharding | None) -> None:
         )
 
 
-def _rows(rows: Array | int, batch: int, name: str) -> Array:
-    if isinstance(rows, int) and not 0 <= rows < batch:
-        raise ValueError(f"{name} must be a row of this cache, 0 to {batch - 1}; got {rows}.")
+def _rows(given: Array | int, batch: int, name: str) -> Array:
+    rows = given if isinstance(given, jax.Array) else np.asarray(given)
+    if not jnp.issubdtype(rows.dtype, jnp.integer) or rows.ndim > 1:
+        raise ValueError(f"{name} must be a row number, or a list of them; got {given!r}.")
+    known = rows.ravel().tolist() if isinstance(rows, np.ndarray) else []
+    if not all(0 <= row < batch for row in known):
+        raise ValueError(f"{name} must be a row of this cache, 0 to {batch - 1}; got {given!r}.")
     return jnp.atleast_1d(jnp.asarray(rows, jnp.int32))

@@ -133,7 +133,7 @@ def head_scale(scale: Scale, dtype: np.dtype, num_kv_heads: int, name: str) -> A
     """A scale given as a number or `[K]`, as float32 `[1, K]`; 1 for an 8-bit type without one.
 
     Raises:
-        ValueError: if it has another shape, or the dtype has no scale.
+        ValueError: if it has another shape, is known not to be positive, or the dtype has no scale.
     """
     if not is_quantised(dtype):
         if scale is not None:
@@ -146,6 +146,10 @@ def head_scale(scale: Scale, dtype: np.dtype, num_kv_heads: int, name: str) -> A
         raise ValueError(
             f"{name} must be a number or one per KV head ({num_kv_heads},); got {array.shape}."
         )
+    if not isinstance(array, jax.core.Tracer) and not bool(
+        jnp.all((array > 0) & (array < jnp.inf))
+    ):
+        raise ValueError(f"{name} must be positive and finite; got {array}.")
     return jnp.broadcast_to(array, (1, num_kv_heads))
 
 
@@ -159,8 +163,13 @@ def absmax_scale(values: Num[Array, "B T K H"], dtype: np.dtype, *, per_head: bo
 
     Returns:
         float32 scale (never 0), to be given as `k_scale` or `v_scale`.
+
+    Raises:
+        ValueError: if the dtype is not an 8-bit one.
     """
     dtype = np.dtype(dtype)
+    if dtype not in CACHE_DTYPES or not is_quantised(dtype):
+        raise ValueError(f"scales are for int8 and 8-bit floats; got {dtype.name}.")
     top = INT8_MAX if dtype == np.int8 else float(jnp.finfo(dtype).max)
     axes = (0, 1, 3) if per_head else (0, 1, 2, 3)
     largest = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=axes)

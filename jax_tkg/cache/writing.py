@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
-from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jax_tkg import _compat
 from jax_tkg._typing import Array, Bool, Int, Num
 from jax_tkg.cache.layouts import KVLayout, KVShape, LayoutTraits
 from jax_tkg.choice import Choice, candidates, choose
+from jax_tkg.lowering import lower_as_chosen, run_compiled
 from jax_tkg.online.plan import Target
 
 Layout = TypeVar("Layout", bound=KVLayout)
@@ -79,6 +79,21 @@ class InPlace:
     def write(self, kv: Layout, key: Array, value: Array, slots: Array, keep: Array) -> Layout:
         """As `KVLayout.write`."""
         return kv.write(key, value, slots, keep)
+
+
+@dataclass(frozen=True)
+class Split(InPlace):
+    """The same where the compiler may split the cache: each device writes what falls on its part.
+
+    Attributes:
+        in_bounds: as in `KVLayout.write_split`.
+    """
+
+    in_bounds: bool = False
+
+    def write(self, kv: Layout, key: Array, value: Array, slots: Array, keep: Array) -> Layout:
+        """As `KVLayout.write`."""
+        return kv.write_split(key, value, slots, keep, in_bounds=self.in_bounds)
 
 
 WriterLike = str | Writer | Sequence[str | Writer] | None
@@ -148,37 +163,25 @@ _WRITE = Primitive("cache_write")
 _WRITE.multiple_results = True
 
 
-def _run(*leaves: Array, tree: Any, writer: Writer) -> tuple[Array, Array]:
+def _choose(target: Target, *leaves: Array, tree: Any, tried: tuple[Writer, ...]) -> Writer:
+    kv, key, *_ = jax.tree.unflatten(tree, leaves)
+    chosen = choose(_problem(kv, key.shape[1]), target, tried, _WHAT).require()
+    is_split = chosen == IN_PLACE and target.auto_partitioned
+    return Split(in_bounds=target.platforms == ("neuron",)) if is_split else chosen
+
+
+def _run(
+    writer: Writer, target: Target, *leaves: Array, tree: Any, tried: tuple[Writer, ...]
+) -> tuple[Array, Array]:
+    del target, tried
+    return _write(writer, tree, *leaves)
+
+
+def _write(writer: Writer, tree: Any, *leaves: Array) -> tuple[Array, Array]:
     kv, *rest = jax.tree.unflatten(tree, leaves)
     with jax.named_scope(f"cache_write[{writer.name}]"):
         written = writer.write(kv, *rest)
     return written.key, written.value
-
-
-def _run_on(
-    *leaves: Array, tree: Any, tried: tuple[Writer, ...], target: Target
-) -> tuple[Array, Array]:
-    """What is chosen for the platform; for several that differ in it, a branch for each."""
-    kv, key, *_ = jax.tree.unflatten(tree, leaves)
-    problem = _problem(kv, key.shape[1])
-    branches = {}
-    for platform in target.platforms:
-        chosen = choose(problem, replace(target, platforms=(platform,)), tried, _WHAT).require()
-        branches[platform] = partial(_run, tree=tree, writer=chosen)
-    with _compat.no_explicit_mesh():
-        if len({branch.keywords["writer"] for branch in branches.values()}) == 1:
-            return branches[target.platforms[0]](*leaves)
-        found: tuple[Array, Array] = lax.platform_dependent(*leaves, **branches)
-        return found
-
-
-def _lower(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
-    platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-    target = Target(platforms, auto_partitioned=_compat.is_auto_partitioned(ctx))
-    lower = mlir.lower_fun(partial(_run_on, target=target), multiple_results=True)
-    # Traced without explicit shardings: the compiler propagates those of the operands.
-    plain = ctx.replace(avals_in=[_compat.without_sharding(a) for a in ctx.avals_in])
-    return lower(plain, *values, **params)
 
 
 def _abstract_eval(*leaves: Any, tree: Any, tried: Any) -> Any:
@@ -187,22 +190,12 @@ def _abstract_eval(*leaves: Any, tree: Any, tried: Any) -> Any:
     return kv.key, kv.value
 
 
-@partial(jax.jit, static_argnames=("tree", "tried"))
-def _compiled(*leaves: Array, **params: Any) -> Any:
-    return _WRITE.bind(*leaves, **params)
-
-
-def _eager(*leaves: Array, **params: Any) -> Any:
-    with jax.disable_jit(False):  # or it would come back here
-        return _compiled(*leaves, **params)
-
-
 # --- vmap and differentiation: of the layout's own updates, which JAX can see into
 
 
 def _batch(leaves: Any, dims: Any, *, tree: Any, tried: Any) -> Any:
     del tried
-    in_place = partial(_run, tree=tree, writer=IN_PLACE)
+    in_place = partial(_write, IN_PLACE, tree)
     return jax.vmap(in_place, in_axes=tuple(dims))(*leaves), (0, 0)
 
 
@@ -213,7 +206,7 @@ def _jvp(primals: Any, tangents: Any, *, tree: Any, tried: Any) -> Any:
     def in_place(*moved: Array) -> tuple[Array, Array]:
         given = dict(zip(moving, moved, strict=True))
         leaves = [given.get(i, x) for i, x in enumerate(primals)]
-        return _run(*leaves, tree=tree, writer=IN_PLACE)
+        return _write(IN_PLACE, tree, *leaves)
 
     results, found = jax.jvp(in_place, [primals[i] for i in moving], [tangents[i] for i in moving])
     return results, [_no_float0(x, t) for x, t in zip(results, found, strict=True)]
@@ -227,7 +220,7 @@ def _no_float0(primal: Array, tangent: Any) -> Any:
 
 
 _WRITE.def_abstract_eval(_abstract_eval)
-_WRITE.def_impl(_eager)
-mlir.register_lowering(_WRITE, _lower)
+run_compiled(_WRITE, ("tree", "tried"))
+lower_as_chosen(_WRITE, _choose, _run)
 batching.primitive_batchers[_WRITE] = _batch
 ad.primitive_jvps[_WRITE] = _jvp

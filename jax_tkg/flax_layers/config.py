@@ -31,6 +31,9 @@ class AttentionConfig:
         out_bias: whether the output projection has one.
         qk_norm_eps: epsilon of an RMS norm of each query and key head, before the rotation.
         rope: rotation of queries and keys by their positions.
+        fused_rope: decode steps attend before they append, so that the op rotates: inside the
+            decode kernel where that runs. The new keys are beside the cache, not yet rounded to its
+            dtype. Elsewhere the cache is read before it is written, for which XLA may copy it.
         sliding_window: number of keys a query sees, its own and those before it (as in Mistral).
         use_sinks: whether each query head has a learned sink logit.
         logits_soft_cap: c in `c * tanh(logit / c)`.
@@ -58,6 +61,7 @@ class AttentionConfig:
     scale: float | None = None
     implementation: StaticImplementation = None
     append_implementation: str | Writer | tuple[str | Writer, ...] | None = None
+    fused_rope: bool = False
 
     def __post_init__(self) -> None:
         """Validates the sizes; `attention_tkg` checks the rest."""
@@ -71,6 +75,8 @@ class AttentionConfig:
                 "AttentionConfig: num_heads must be a multiple of num_kv_heads, got "
                 f"{self.num_heads} and {self.num_kv_heads}."
             )
+        if self.fused_rope and self.rope is None:
+            raise ValueError("AttentionConfig: fused_rope needs rope; give it, or leave both out.")
         if self.rope is not None:
             self.rope.frequencies(self.head_dim)  # raises if they do not fit
 

@@ -1,6 +1,7 @@
 """The maths of the layers as pure functions; the nnx and linen modules only hold parameters."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -116,14 +117,9 @@ def attention_layer(
     key = key if k_norm is None else k_norm(key)
     # Not bottom-right from the new length: that is the last real token's, not the T-th's.
     positions = cache.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-    if config.rope is not None:
-        angles = config.rope.cos_sin(positions, config.head_dim)
-        query, key = config.rope.rotate(query, *angles), config.rope.rotate(key, *angles)
-    cache = cache.append(key, value, counts, implementation=config.append_implementation)
-    attend = attention_cte if tokens >= PROMPT_TOKENS else attention_tkg
-    mixed = attend(
-        query,
-        cache,
+    is_prompt = tokens >= PROMPT_TOKENS
+    attend = partial(
+        attention_cte if is_prompt else attention_tkg,
         query_positions=None if counts is None else positions,
         scale=config.scale,
         local_window_size=config.local_window_size,
@@ -131,6 +127,16 @@ def attention_layer(
         sinks=sinks,
         implementation=config.implementation,
     )
+    append = partial(cache.append, implementation=config.append_implementation)
+    if config.fused_rope and not is_prompt:
+        mixed, key = attend(query, cache, new_key=key, new_value=value, rope=config.rope)
+        cache = append(key, value, counts)
+    else:
+        if config.rope is not None:
+            angles = config.rope.cos_sin(positions, config.head_dim)
+            query, key = config.rope.rotate(query, *angles), config.rope.rotate(key, *angles)
+        cache = append(key, value, counts)
+        mixed = attend(query, cache)
     return out(mixed.reshape(batch, tokens, -1)), cache
 
 

@@ -2,11 +2,12 @@
 
 `generate` returns all tokens, `stream` hands them out as they come, `show` prints a stream with its
 speed. `prefill_chunk`, `decode` and `decode_step` are the compiled parts they are made of;
-`decode_speculatively` is the loop that verifies several drafts a step.
+`decode_speculatively` is the loop that verifies several drafts a step; `Adaptive` says when.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from jax_tkg.generation.adaptive import Adaptive, Pace, PausableDrafter
 from jax_tkg.generation.api import generate, stream
 from jax_tkg.generation.draft_model import DraftModel
 from jax_tkg.generation.drafts import Drafter, Drafts, PromptLookup
@@ -34,6 +35,7 @@ from jax_tkg.generation.speculation import (
     Emitted,
     SpeculativeState,
     decode_speculatively,
+    decode_undrafted,
     speculative_step,
 )
 from jax_tkg.generation.verification import DistributionSelector
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Acceptance",
+    "Adaptive",
     "DecodeModel",
     "DecodeState",
     "DistributionSelector",
@@ -51,6 +54,8 @@ __all__ = [
     "Drafts",
     "Emitted",
     "Generated",
+    "Pace",
+    "PausableDrafter",
     "PromptLookup",
     "ScoringModel",
     "SpeculativeState",
@@ -61,6 +66,7 @@ __all__ = [
     "decode_scored",
     "decode_speculatively",
     "decode_step",
+    "decode_undrafted",
     "generate",
     "last_real",
     "portable_key",

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jax_tkg._typing import Array, Key
+from jax_tkg.generation.adaptive import Adaptive
 from jax_tkg.generation.drafts import Drafter
 from jax_tkg.generation.loop import TokenPolicy, portable_key
 from jax_tkg.generation.model import (
@@ -44,7 +45,7 @@ def generate(
     steps_per_call: int | None = None,
     capacity: int | None = None,
     cache_options: Mapping[str, Any] | None = None,
-    speculate: Drafter | None = None,
+    speculate: Drafter | Adaptive | None = None,
     return_log_probs: bool = False,
 ) -> Generated:
     """Continues prompts.
@@ -75,8 +76,9 @@ def generate(
             up to a bucket.
         cache_options: keywords of the model's `init_caches`, such as `dtype` and `layout`.
         speculate: drafts several tokens a step, which the model (a `ScoringModel`) verifies at
-            once: `PromptLookup()`, `DraftModel(smaller_model)` or any `Drafter`. Greedy tokens
-            stay the same (up to rounding), sampled ones have the same distribution.
+            once: `PromptLookup()`, `DraftModel(smaller_model)` or any `Drafter`; within
+            `Adaptive(...)`, only while that pays. Greedy tokens stay the same (up to rounding),
+            sampled ones have the same distribution.
         return_log_probs: whether to compute `Generated.log_probs`.
 
     Returns:
@@ -120,7 +122,7 @@ def stream(
     steps_per_call: int = 8,
     capacity: int | None = None,
     cache_options: Mapping[str, Any] | None = None,
-    speculate: Drafter | None = None,
+    speculate: Drafter | Adaptive | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues prompts and hands out tokens as they come: the same tokens as `generate`.
 
@@ -182,7 +184,7 @@ def _prepare(
     key: Key[Array, ""] | None,
     capacity: int | None,
     cache_options: Mapping[str, Any] | None,
-    speculate: Drafter | None,
+    speculate: Drafter | Adaptive | None,
     with_log_probs: bool,
     **sizes: int,
 ) -> tuple[Request, Decoding]:
@@ -215,7 +217,9 @@ def _prepare(
     )
     if speculate is None:
         return request, Plain()
-    _check_speculation(request, speculate)
+    if not isinstance(speculate, Adaptive):
+        speculate = Adaptive(speculate, break_even=1)  # never pauses
+    _check_speculation(request, speculate.drafter)
     return request, Speculative(speculate)
 
 
@@ -223,7 +227,7 @@ def _check_speculation(request: Request, drafter: Drafter) -> None:
     if not isinstance(drafter, Drafter):
         raise TypeError(
             "speculate must be PromptLookup(), DraftModel(model) or another Drafter of "
-            f"jax_tkg.generation; got {type(drafter).__name__}."
+            f"jax_tkg.generation, or Adaptive(drafter); got {type(drafter).__name__}."
         )
     check_selector(request.policy.selector)
     batch = len(request.prompts.lengths)

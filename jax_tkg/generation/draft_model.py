@@ -16,6 +16,7 @@ from jax_tkg.generation.model import DecodeModel, as_pytree, is_nnx_module, trun
 from jax_tkg.generation.prompts import PaddedPrompts
 from jax_tkg.generation.verification import DRAW, log_distribution
 from jax_tkg.sampling import TokenSelector
+from jax_tkg.sharding.processes import to_host
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["caches", "held"], meta_fields=[])
@@ -123,3 +124,37 @@ class DraftModel:
         drafts = Drafts(drafted, jnp.full_like(lengths, self.max_tokens), log_probs)
         added = jnp.where(alive, lengths - held + self.max_tokens - 1, 0)
         return drafts, DraftCaches(caches, held + added)
+
+    def follow(
+        self,
+        tokens: Int[Array, "B W"],
+        lengths: Int[Array, " B"],
+        state: DraftCaches,
+        *,
+        chunk: int,
+    ) -> DraftCaches:
+        """See `PausableDrafter.follow`: takes in what is missing as it did the prompts."""
+        model: DecodeModel = as_pytree(self.model)
+        state = _without_rejected(model, state, lengths)
+        for _ in range(0, int(to_host(lengths - 1 - state.held).max()), chunk):
+            state = _take_in(model, state, tokens, lengths, chunk=chunk)
+        return state
+
+
+@partial(jax.jit, donate_argnames="state")
+def _without_rejected(model: DecodeModel, state: DraftCaches, lengths: Array) -> DraftCaches:
+    """Of what was drafted, the tokens that became text; the newest token is never held."""
+    held = jnp.minimum(state.held, lengths - 1)
+    return DraftCaches(truncate_caches(model, state.caches, held), held)
+
+
+@partial(jax.jit, static_argnames="chunk", donate_argnames="state")
+def _take_in(
+    model: DecodeModel, state: DraftCaches, tokens: Array, lengths: Array, *, chunk: int
+) -> DraftCaches:
+    """The next `chunk` tokens of each row, as far as there are so many before the newest."""
+    index = state.held[:, None] + jnp.arange(chunk, dtype=jnp.int32)
+    block = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
+    counts = jnp.clip(lengths - 1 - state.held, 0, chunk)
+    _, caches = model.next_token_logits(block, state.caches, counts)
+    return DraftCaches(caches, state.held + counts)

@@ -154,6 +154,13 @@ class PromptLookup:
         counts = jnp.where(alive & (match[:, 0] >= 0), jnp.int32(self.max_tokens), 0)
         return Drafts(drafted, counts), state
 
+    def follow(
+        self, tokens: Int[Array, "B W"], lengths: Int[Array, " B"], state: tuple[()], *, chunk: int
+    ) -> tuple[()]:
+        """See `PausableDrafter.follow`: nothing to do."""
+        del tokens, lengths, chunk
+        return state
+
 
 def _agreeing(tokens: Array, place: Array, last: Array, ngram: int) -> Int[Array, "B W"]:
     """How many tokens up to each place equal the last ones of the row; 0 from `last` on."""

@@ -11,6 +11,9 @@ from jax_tkg._typing import Array
 Prompts = Sequence[Sequence[int]] | np.ndarray | Array
 PromptLengths = Sequence[int] | np.ndarray | Array | None
 
+LAST_ID = 2**31 - 1
+"""The largest id that the int32 arrays of tokens can hold."""
+
 SMALLEST_CAPACITY = 256
 """Caches are never made smaller: short chats then share one compiled program."""
 
@@ -107,8 +110,9 @@ def _check_lengths(lengths: np.ndarray, width: int) -> None:
 def _ids(row: np.ndarray) -> np.ndarray:
     if row.ndim > 2 or not np.issubdtype(row.dtype, np.integer):
         raise TypeError(f"token ids must be integers, got {row.dtype} of shape {row.shape}.")
-    if row.size and row.min() < 0:
-        raise ValueError(f"token ids must be at least 0, got {int(row.min())}.")
+    for extreme in (row.min(), row.max()) if row.size else ():
+        if not 0 <= extreme <= LAST_ID:
+            raise ValueError(f"token ids must be from 0 to 2^31 - 1, got {int(extreme)}.")
     return row.astype(np.int32)
 
 

@@ -16,11 +16,13 @@ class Acceptance:
         steps: steps of the model that gave a row tokens, without the one that read its prompt.
         drafted: drafts that these steps verified.
         accepted: drafts that became tokens of the result.
+        undrafted: steps among these that were made while speculation paused (`Adaptive`).
     """
 
     steps: np.ndarray
     drafted: np.ndarray
     accepted: np.ndarray
+    undrafted: np.ndarray
 
     @property
     def tokens_per_step(self) -> float:
@@ -36,9 +38,11 @@ class Acceptance:
 
     def __str__(self) -> str:
         """One line."""
+        undrafted = int(self.undrafted.sum())
+        paused = f", {undrafted} of {self.steps.sum()} steps without drafts" if undrafted else ""
         return (
             f"{self.tokens_per_step:.2f} tokens a step, "
-            f"{self.accepted.sum()} of {self.drafted.sum()} drafts accepted"
+            f"{self.accepted.sum()} of {self.drafted.sum()} drafts accepted{paused}"
         )
 
 
@@ -81,6 +85,7 @@ class Collected:
         self.finished = np.zeros(batch, bool)
         self.steps = np.zeros(batch, np.int32)
         self.drafted = np.zeros(batch, np.int32)
+        self.undrafted = np.zeros(batch, np.int32)
 
     @classmethod
     def fill(cls, request: Request, decoding: Decoding) -> Iterator["Collected"]:
@@ -120,6 +125,7 @@ class Collected:
             self.lengths[row] = begin + count
         self.steps += block.steps
         self.drafted += block.drafted
+        self.undrafted += block.undrafted
 
     def result(self, *, speculated: bool) -> Generated:
         """What was generated."""
@@ -127,5 +133,5 @@ class Collected:
         if speculated:
             # Each row has a token of the prompt's pass, and one of each step without a draft.
             accepted = self.lengths - 1 - self.steps
-            acceptance = Acceptance(self.steps, self.drafted, accepted)
+            acceptance = Acceptance(self.steps, self.drafted, accepted, self.undrafted)
         return Generated(self.tokens, self.lengths, self.finished, self.log_probs, acceptance)

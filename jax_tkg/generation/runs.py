@@ -1,12 +1,13 @@
 """From a checked request to blocks of tokens, call by compiled call: plain and speculative."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jax_tkg._typing import Array
+from jax_tkg.generation.adaptive import Adaptive, Pace, PausableDrafter
 from jax_tkg.generation.drafts import Drafter
 from jax_tkg.generation.loop import (
     DecodeState,
@@ -18,7 +19,12 @@ from jax_tkg.generation.loop import (
 )
 from jax_tkg.generation.model import DecodeModel, ScoringModel
 from jax_tkg.generation.prompts import PaddedPrompts
-from jax_tkg.generation.speculation import SpeculativeState, decode_speculatively
+from jax_tkg.generation.speculation import (
+    Emitted,
+    SpeculativeState,
+    decode_speculatively,
+    decode_undrafted,
+)
 from jax_tkg.sharding.processes import to_host
 
 
@@ -60,6 +66,7 @@ class Block:
         log_probs: float32 `[B, n]`, if asked for.
         steps: int32 `[B]`, steps of the model in which they were made.
         drafted: int32 `[B]`, drafts that these verified.
+        undrafted: int32 `[B]`, steps among these for which the drafter was not asked.
     """
 
     tokens: np.ndarray
@@ -67,6 +74,7 @@ class Block:
     log_probs: np.ndarray | None = None
     steps: np.ndarray | int = 0
     drafted: np.ndarray | int = 0
+    undrafted: np.ndarray | int = 0
 
 
 @runtime_checkable
@@ -103,15 +111,19 @@ class Plain:
 
 @dataclass(frozen=True, eq=False)
 class Speculative:
-    """Up to `max_tokens + 1` tokens a step, for a request whose model is a `ScoringModel`."""
+    """Up to `max_tokens + 1` tokens a step, for a request whose model is a `ScoringModel`.
 
-    drafter: Drafter
+    The rule is asked before each call of a compiled loop, and told what came of it.
+    """
+
+    rule: Adaptive
 
     def blocks(self, request: Request) -> Iterator[Block]:
         """See `Decoding`."""
         decoding, first = request.start()
         yield first
-        drafting = self.drafter.start(request.prompts, request.capacity, request.prefill_chunk)
+        drafter, pace = self.rule.drafter, Pace(self.rule)
+        drafting = drafter.start(request.prompts, request.capacity, request.prefill_chunk)
         state = SpeculativeState.start(
             decoding,
             drafting,
@@ -119,27 +131,58 @@ class Speculative:
             capacity=request.capacity,
             max_new_tokens=request.max_new_tokens,
         )
-        model: Any = request.model
-        assert isinstance(model, ScoringModel)
         while True:
-            emitted, state = decode_speculatively(
-                model,
-                self.drafter,
-                state,
-                request.key,
-                policy=request.policy,
-                num_steps=request.steps_per_call,
-                with_log_probs=request.with_log_probs,
+            drafted = pace.speculates
+            emitted, state = _call(request, drafter if drafted else None, state)
+            block = _block(emitted, drafted=drafted)
+            yield block
+            pace.took(
+                steps=int(np.max(block.steps)),
+                row_steps=int(np.sum(block.steps)),
+                tokens=int(np.sum(block.counts)),
             )
-            counts = to_host(emitted.counts)
-            log_probs = emitted.log_probs
-            yield Block(
-                _joined(to_host(emitted.tokens), counts),
-                counts.sum(axis=0),
-                None if log_probs is None else _joined(to_host(log_probs), counts),
-                (counts > 0).sum(axis=0),
-                to_host(emitted.drafted).sum(axis=0),
-            )
+            if pace.speculates != drafted:
+                assert isinstance(drafter, PausableDrafter)
+                state = _following(request, drafter, state)
+
+
+def _call(
+    request: Request, drafter: Drafter | None, state: SpeculativeState
+) -> tuple[Emitted, SpeculativeState]:
+    """A call of one loop or the other."""
+    options: dict[str, Any] = {
+        "policy": request.policy,
+        "num_steps": request.steps_per_call,
+        "with_log_probs": request.with_log_probs,
+    }
+    if drafter is None:
+        return decode_undrafted(request.model, state, request.key, **options)
+    model: Any = request.model
+    assert isinstance(model, ScoringModel)
+    return decode_speculatively(model, drafter, state, request.key, **options)
+
+
+def _following(
+    request: Request, drafter: PausableDrafter, state: SpeculativeState
+) -> SpeculativeState:
+    """The state with that of the drafter brought up to the text."""
+    chunk = request.prefill_chunk
+    drafting = drafter.follow(state.tokens, state.lengths, state.drafting, chunk=chunk)
+    return replace(state, drafting=drafting)
+
+
+def _block(emitted: Emitted, *, drafted: bool) -> Block:
+    """What a call gave, on the host."""
+    counts, log_probs = to_host(emitted.counts), emitted.log_probs
+    steps = (counts > 0).sum(axis=0)
+    return Block(
+        _joined(to_host(emitted.tokens), counts),
+        counts.sum(axis=0),
+        None if log_probs is None else _joined(to_host(log_probs), counts),
+        steps,
+        to_host(emitted.drafted).sum(axis=0),
+        0 if drafted else steps,
+    )
 
 
 def _joined(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

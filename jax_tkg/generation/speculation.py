@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_tkg._typing import Array, Key, Leaf
+from jax_tkg._typing import Array, Bool, Int, Key, Leaf
 from jax_tkg.generation.drafts import Drafter
 from jax_tkg.generation.loop import DecodeState, TokenPolicy, token_log_probs
-from jax_tkg.generation.model import ScoringModel, truncate_caches
+from jax_tkg.generation.model import DecodeModel, ScoringModel, truncate_caches
 from jax_tkg.generation.prompts import PaddedPrompts
 from jax_tkg.generation.verification import verify
 
@@ -167,8 +167,7 @@ def speculative_step(
     room = jnp.maximum(state.limits - state.lengths - 1, 0)
     drafts = replace(drafts, counts=jnp.where(alive, jnp.minimum(drafts.counts, room), 0))
 
-    newest = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1, mode="clip")
-    block = jnp.concatenate([newest, drafts.tokens], axis=1)
+    block = jnp.concatenate([_newest(state), drafts.tokens], axis=1)
     logits, caches = model(block, state.caches, jnp.where(alive, drafts.counts + 1, 0))
     accepted, after = verify(policy.selector, logits, drafts, verify_key)
 
@@ -179,22 +178,81 @@ def speculative_step(
     # The row stops at the first token that ends it, be it an accepted draft.
     count = jnp.min(jnp.where(is_last, place, block.shape[1] - 1), axis=1) + 1
     counts = jnp.where(alive, count, 0)
-    is_new = place < counts[:, None]
+    caches = truncate_caches(model, caches, state.lengths + counts - 1)
+    emitted = _emitted(tokens, counts, drafts.counts, logits if with_log_probs else None)
+    return emitted, replace(_advanced(state, caches, tokens, counts, policy), drafting=drafting)
+
+
+@partial(
+    jax.jit, static_argnames=("policy", "num_steps", "with_log_probs"), donate_argnames="state"
+)
+def decode_undrafted(
+    model: DecodeModel,
+    state: SpeculativeState,
+    key: Key[Array, ""] | None = None,
+    *,
+    policy: TokenPolicy,
+    num_steps: int,
+    with_log_probs: bool = False,
+) -> tuple[Emitted, SpeculativeState]:
+    """As `decode_speculatively`, a token a step: for a time in which drafts do not pay.
+
+    The state of the drafter stays behind; see `jax_tkg.generation.PausableDrafter`.
+
+    Args:
+        model: as there, like all that follows.
+        state: is donated.
+        key: the same in every call.
+        policy: static.
+        num_steps: static.
+        with_log_probs: static.
+
+    Returns:
+        As there, with T = 1.
+    """
+
+    def step(state: SpeculativeState, _: None) -> tuple[SpeculativeState, Emitted]:
+        alive = ~state.finished
+        counts = alive.astype(jnp.int32)
+        logits, caches = model.next_token_logits(_newest(state), state.caches, counts)
+        tokens = policy.select(logits, key, state.step)[:, None]
+        scored = logits[:, None] if with_log_probs else None
+        emitted = _emitted(tokens, counts, jnp.zeros_like(counts), scored)
+        return _advanced(state, caches, tokens, counts, policy), emitted
+
+    state, emitted = lax.scan(step, state, length=num_steps)
+    return emitted, state
+
+
+def _newest(state: SpeculativeState) -> Int[Array, "B 1"]:
+    return jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1, mode="clip")
+
+
+def _advanced(
+    state: SpeculativeState, caches: Any, tokens: Array, counts: Array, policy: TokenPolicy
+) -> SpeculativeState:
+    """The state with the first `counts` of tokens `[B, T]`, of which the last may end the row."""
     lengths = state.lengths + counts
-    ended = jnp.any(is_new & policy.ends(tokens), axis=1) | (lengths >= state.limits)
-    state = replace(
+    ended = jnp.any(_are_new(tokens, counts) & policy.ends(tokens), axis=1)
+    return replace(
         state,
-        caches=truncate_caches(model, caches, lengths - 1),
-        tokens=_write(state.tokens, state.lengths, tokens, counts),
+        caches=caches,
+        tokens=write_tokens(state.tokens, state.lengths, tokens, counts),
         lengths=lengths,
-        finished=state.finished | ended,
+        finished=state.finished | ended | (lengths >= state.limits),
         step=state.step + 1,
-        drafting=drafting,
     )
+
+
+def _emitted(tokens: Array, counts: Array, drafted: Array, logits: Array | None) -> Emitted:
     scores = None
-    if with_log_probs:
-        scores = jnp.where(is_new, token_log_probs(logits, tokens), 0.0)
-    return Emitted(tokens, counts, drafts.counts, scores), state
+    if logits is not None:
+        scores = jnp.where(_are_new(tokens, counts), token_log_probs(logits, tokens), 0.0)
+    return Emitted(tokens, counts, drafted, scores)
+
+
+def _are_new(tokens: Array, counts: Array) -> Bool[Array, "B T"]:
+    return lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < counts[:, None]
 
 
 def _step_keys(
@@ -213,11 +271,11 @@ def _step_keys(
 def _with_first(
     tokens: Array, lengths: Array, limits: Array, first: Array, finished: Array
 ) -> tuple[Array, Array, Array]:
-    tokens = _write(tokens, lengths, first[:, None], jnp.ones_like(lengths))
+    tokens = write_tokens(tokens, lengths, first[:, None], jnp.ones_like(lengths))
     return tokens, lengths + 1, finished | (lengths + 1 >= limits)
 
 
-def _write(tokens: Array, lengths: Array, new: Array, counts: Array) -> Array:
+def write_tokens(tokens: Array, lengths: Array, new: Array, counts: Array) -> Array:
     """Puts the first `counts` new tokens after those of each row: selections, no scatter."""
     place = lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
     for i in range(new.shape[1]):

@@ -93,7 +93,7 @@ def verify(
     flat = logits.reshape(batch * width, vocabulary)
     if not selector.needs_key:
         chosen = selector(flat).reshape(batch, width)
-        accepted = leading(_is_drafted(drafts) & (chosen[:, :-1] == drafts.tokens))
+        accepted = agreeing(drafts, chosen)
         return Verdict(accepted, _at(chosen, accepted))
     assert key is not None
     log_probs = log_distribution(selector, flat).reshape(logits.shape)
@@ -102,6 +102,22 @@ def verify(
     waiting = jax.random.exponential(chance_key, drafts.tokens.shape, jnp.float32)
     accepted = leading(waiting >= -log_acceptance(log_probs, drafts))
     return Verdict(accepted, DRAW(log_replacement(log_probs, drafts, accepted), token_key))
+
+
+def agreeing(drafts: Drafts, chosen: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """How many drafts are what was chosen in their places: those to accept.
+
+    Also where tokens are drawn, if each place has random numbers of its own that the drafts do not
+    depend on: a draft x that was computed is then accepted with probability p(x), and what is drawn
+    in its place otherwise has the distribution p without x, normalised. With q(x) = 1 that is
+    `min(1, p / q)` and `max(p - q, 0)`. The tokens are those drawn without drafts.
+
+    Args:
+        drafts: what was drafted; computed, not drawn.
+        chosen: int32 `[B, T]` with T = `max_tokens + 1`, chosen from the logits after the newest
+            token and after each draft.
+    """
+    return leading(_is_drafted(drafts) & (chosen[:, :-1] == drafts.tokens))
 
 
 def log_acceptance(

@@ -14,6 +14,7 @@ from jax_tkg.cache import storage
 from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.cache.paged import Paged
 from jax_tkg.masks import default_query_positions
+from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import HIGHEST
@@ -37,6 +38,14 @@ def kernel_limits(problem: AttentionProblem) -> str | None:
             "the kernel exchanges nothing with other devices: merge its parts at the end, with "
             'AttentionSharding(merge="deferred")'
         )
+    return None
+
+
+def rotation_limits(problem: AttentionProblem) -> str | None:
+    """Why the kernel does not rotate queries and new keys itself, in words; None if it does."""
+    new, dtype = problem.new_key_dtype, problem.compute_dtype
+    if new is not None and new != dtype and (dtype != np.float32 or new.itemsize > 4):
+        return f"new keys in {new.name} would lose digits in {dtype.name}, which it computes in"
     return None
 
 
@@ -75,6 +84,7 @@ def plan_kernel(
         or (problem.has_query_positions and rule.causal)
     )
     sees_later = rule.causal and problem.num_tokens > 1 and not problem.has_new_kv
+    rope = problem.rope
     features = Features(
         scale=float(problem.scale),
         soft_cap=problem.logits_soft_cap,
@@ -89,6 +99,7 @@ def plan_kernel(
         has_low=problem.has_starts or rule.window is not None or placed,
         sees_alike=problem.num_tokens == 1
         or (problem.has_new_kv and rule.window is None and not problem.has_query_positions),
+        rotary=None if rope is None else "interleaved" if rope.interleaved else "half",
         is_ragged=is_ragged,
         clears_values=problem.is_padded and unseen_values == "any",
     )
@@ -104,7 +115,7 @@ def plan_kernel(
         features=features,
         programs=programs,
         exchange=exchange,
-        most_live=rule.reach(problem.num_tokens),
+        most_live=None if problem.has_query_positions else rule.reach(problem.num_tokens),
         page_len=problem.kv.slot_multiple if problem.kv.name == "paged" else 0,
     )
 
@@ -158,15 +169,25 @@ def kernel_arguments(
         arrays["page_rows"] = rows if plan.features.has_holes else jnp.maximum(rows, 0)
     if problem.has_new_kv:
         arrays |= _new_arrays(problem, ops, positions, start, total)
+    if problem.rope is not None:
+        table = rotary_table(problem.rope, problem.head_dim)
+        arrays |= {"rotary_table": jnp.asarray(table), "query_positions": ops.rotary_positions}
     if has_scales(ops):
         arrays |= _scales(problem, ops)
     if plan.live is not None:
         from jax_tkg.nki.live_tiles import place_live_tiles
 
-        placed = place_live_tiles(
-            bounds[0], bounds[1], usable_slots(ops.kv), problem.kv_len, plan.live, plan.programs
+        counts, starts, edges = place_live_tiles(
+            bounds[0],
+            bounds[1],
+            usable_slots(ops.kv),
+            problem.kv_len,
+            plan.live,
+            plan.programs,
+            apart=problem.has_query_positions and problem.rule.window is not None,
         )
-        arrays |= zip(("live_counts", "live_starts", "live_edges"), placed, strict=True)
+        tables = jnp.concatenate([counts, starts.reshape(*starts.shape[:2], -1)], axis=2)
+        arrays |= {"live_tiles": tables, "live_edges": edges}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -311,14 +332,18 @@ def make_launch(
     plan = plan_kernel(
         problem, programs, exchange, unseen_values=unseen_values, has_scales=has_scales(ops)
     )
-    arrays = kernel_arguments(problem, ops, plan)
+    given = kernel_arguments(problem, ops, plan)
+    arrays = {n: given[n] for n in inspect.signature(attention_tkg).parameters if n in given}
+    result = [
+        jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.compute_dtype),
+        jax.ShapeDtypeStruct(rows, np.float32),
+    ]
+    if problem.rope is not None:
+        result.append(jax.ShapeDtypeStruct(arrays["new_key"].shape, problem.compute_dtype))
     return Launch(
         kernel=Named(attention_tkg, tuple(arrays)),
         arrays=tuple(arrays.values()),
-        result=(
-            jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.compute_dtype),
-            jax.ShapeDtypeStruct(rows, np.float32),
-        ),
+        result=tuple(result),
         plan=plan,
     )
 

@@ -11,8 +11,8 @@ from jax_tkg.nki.buffers import Constants, Inputs, LiveTables, Place, RowBuffers
 from jax_tkg.nki.dialect import nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowBlock, RowGroup
-from jax_tkg.nki.steps.exchange import merge_programs, share_rows
-from jax_tkg.nki.steps.finalize import fa_finalize, store_rows
+from jax_tkg.nki.steps.exchange import merge_outputs, merge_sums, share_rows
+from jax_tkg.nki.steps.finalize import fa_finalize_rows, fa_finalize_sums, store
 from jax_tkg.nki.steps.live import for_each_live_tile, load_live_tables
 from jax_tkg.nki.steps.load import (
     allocate_fa_buffers,
@@ -72,8 +72,7 @@ def attention_tkg(
     bias: Any,
     logit_scales: Any,
     value_scales: Any,
-    live_counts: Any,
-    live_starts: Any,
+    live_tiles: Any,
     live_edges: Any,
     plan: KernelPlan,
 ) -> Any:
@@ -81,15 +80,18 @@ def attention_tkg(
 
     Returns:
         `[B, T, N, Hv]` in the query's dtype, and float32 `[B, T, N]`, natural log; and the rotated
-        new keys `[B, T, K, H]`, if the kernel rotates.
+        new keys `[B, T, K, H]`, if the kernel rotates. Without `returns_lse` the first one alone.
     """
     inputs = Inputs(
         query, key, value, bounds, positions, page_rows, new_key, new_value, new_hidden, new_bias,
         rotary_table, query_positions, sinks, hidden, bias, logit_scales, value_scales,
-        live_counts, live_starts, live_edges,
+        live_tiles, live_edges,
     )  # fmt: skip
     batch, tokens, heads = plan.batch, plan.tokens, plan.heads
     out = nl.ndarray((batch, tokens, heads, plan.value_head_dim), query.dtype, buffer=nl.shared_hbm)
+    if not plan.features.returns_lse:
+        attend(inputs, out, None, None, plan)
+        return out
     lse_out = nl.ndarray((batch, tokens, heads), nl.float32, buffer=nl.shared_hbm)
     if plan.features.rotary == None:  # noqa: E711  (the kernel language has no `is`)
         attend(inputs, out, lse_out, None, plan)
@@ -105,7 +107,7 @@ def attend(inputs: Inputs, out: Any, lse_out: Any, rotated: Any, plan: KernelPla
     Args:
         inputs: arrays.
         out: `[B, T, N, Hv]` in HBM, or `[Hv, B * N * T]` in SBUF with Hv up to 128.
-        lse_out: `[B, T, N]` in HBM, or `[1, B * N * T]` in SBUF.
+        lse_out: `[B, T, N]` in HBM, or `[1, B * N * T]` in SBUF; None without `returns_lse`.
         rotated: `[B, T, K, H]` in HBM for the rotated new keys, or None.
         plan: sizes.
     """
@@ -118,10 +120,11 @@ def attend(inputs: Inputs, out: Any, lse_out: Any, rotated: Any, plan: KernelPla
             tables = load_live_tables(inputs, consts, block, plan)
             for sequence in block.sequences:
                 attend_live_tiles(inputs, tables, rows_of(bufs, sequence), consts, sequence, plan)
-        fa_finalize_and_store(out, lse_out, bufs, inputs, consts, block, plan)
+        fa_finalize_and_store(out, lse_out, bufs, inputs, block, plan)
     if out.buffer == nl.sbuf and plan.sharding == "batch":
         share_rows(out, plan)
-        share_rows(lse_out, plan)
+        if plan.features.returns_lse:
+            share_rows(lse_out, plan)
 
 
 def fa_finalize_and_store(
@@ -129,25 +132,35 @@ def fa_finalize_and_store(
     lse_out: Any,
     bufs: RowBuffers,
     inputs: Inputs,
-    consts: Constants,
     block: RowBlock,
     plan: KernelPlan,
 ) -> None:
     """Merges what two programs found, divides by the sum, and stores the rows of a block.
 
-    Programs that hold the same share that; not in SBUF, where each core has its own.
+    Programs that hold the same take turns, the first one first, as the last one has the new keys;
+    not in SBUF, where each core has its own. Sums come first: they do not wait for the last values.
     """
-    if plan.sharding == "sequence":
-        merge_programs(bufs, plan)
-    shares = (plan.sharding == "sequence" or plan.sharding == "same") and out.buffer != nl.sbuf
-    number = 0
+    merges = plan.sharding == "sequence"
+    weights: Any = None
+    if merges:
+        weights = merge_sums(bufs, plan)
+    shares = (merges or plan.sharding == "same") and out.buffer != nl.sbuf
+    number, finished = 0, []
     for group in block.groups:
         for chunk in group.chunks:
+            turn = number % plan.programs
             number += 1
-            if shares and number % plan.programs != nl.program_id(0):
+            if shares and turn != nl.program_id(0):
                 continue
-            rows, lse = fa_finalize(out.dtype, bufs, inputs, consts, group, chunk, plan)
-            store_rows(out, lse_out, rows, lse, group, chunk, plan)
+            factor, lse = fa_finalize_sums(bufs, inputs, group, chunk, plan)
+            if plan.features.returns_lse:
+                store(lse_out, lse, group, chunk, plan)
+            finished.append((group, chunk, factor))
+    if merges:
+        merge_outputs(bufs, weights)
+    for group, chunk, factor in finished:
+        rows = fa_finalize_rows(out.dtype, factor, bufs, group, chunk, plan)
+        store(out, rows, group, chunk, plan)
 
 
 def attend_known_tiles(

@@ -41,9 +41,8 @@ class Inputs(nl.NKIObject):
         bias: float32 like `hidden`, added to the logits.
         logit_scales: float32 `[B * K]`, scale of the logits of each pair, with its keys' scale.
         value_scales: float32 `[B * K]`, scale of the values of each pair.
-        live_counts: int32 `[programs, B, 3]`, how many full, edge and dirty tiles a sequence has.
-        live_starts: int32 `[programs, B, 2, W]`, where full and other tiles start, in the plan's
-            unit.
+        live_tiles: int32 `[programs, B, 3 + 2 * W]`: how many full, edge and dirty tiles a sequence
+            has, then where full ones start, then where others do, in the plan's unit.
         live_edges: float32 `[programs, B, 2, W]`: the first slot of each other tile, and the first
             one that does not count.
     """
@@ -65,8 +64,7 @@ class Inputs(nl.NKIObject):
     bias: Any
     logit_scales: Any
     value_scales: Any
-    live_counts: Any
-    live_starts: Any
+    live_tiles: Any
     live_edges: Any
 
 
@@ -78,14 +76,14 @@ class KeySource(nl.NKIObject):
         keys: `[S, H]`, or `[H, S]` where they are transposed, or a pool `[rows, n * H]`.
         values: `[S, Hv]` or a pool.
         is_transposed: see `keys`.
-        is_paged: they lie in a pool.
-        rows: of a tile in a pool, int32 `[128, pieces]`: the row of each partition of each piece.
+        run: slots in a row of the pool where they lie in one, else 0.
+        rows: of a tile in a pool, int32 `[128, columns / run]`: the rows of each partition.
     """
 
     keys: Any
     values: Any
     is_transposed: bool
-    is_paged: bool
+    run: int
     rows: Any
 
 
@@ -94,9 +92,9 @@ class Pages(nl.NKIObject):
     """Where a row group finds the cached keys of a tile in a pool of pages.
 
     Attributes:
-        rows: int32 `[128, b, k, pieces]`: the row of each partition of each piece.
-        holes: float32 `[128, pieces, b]`: `NOWHERE` where there is no page, else 0; None where that
-            cannot be.
+        rows: int32 `[128, b, k, columns / run]`: the rows of each partition.
+        holes: float32 `[128, columns / run, b]`: `NOWHERE` where there is no page, else 0; None
+            where that cannot be.
     """
 
     rows: Any
@@ -170,14 +168,12 @@ class LiveTables(nl.NKIObject):
 
     Attributes:
         first_batch: the first sequence; the others follow.
-        counts: int32 `[1, sequences, 3]`, as in `Inputs`.
-        starts: int32 `[1, sequences, 2 * W]`.
+        tiles: int32 `[1, sequences, 3 + 2 * W]`, as in `Inputs`.
         edges: float32 `[128, sequences, 2, W]`.
     """
 
     first_batch: int
-    counts: Any
-    starts: Any
+    tiles: Any
     edges: Any
 
 
@@ -186,14 +182,12 @@ class Constants(nl.NKIObject):
     """Tiles that no step changes.
 
     Attributes:
-        ones: `[128, 128]` float32: a matmul with it adds over partitions and broadcasts.
         low, high: bounds of visible positions `[128, B, T or 1]`, or None.
         logit_scales, value_scales: `[128, B * K]`, or None.
         live_edges: `[128, B, 2, W]`, see `Inputs.live_edges`, or None.
         turns: of `load_turns`, or None.
     """
 
-    ones: Any
     low: Any
     high: Any
     logit_scales: Any

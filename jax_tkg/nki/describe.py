@@ -84,9 +84,9 @@ def _stored(plan: "KernelPlan", program: int) -> str:
 
 
 def _chunk_rows(block: "RowBlock", program: int, programs: int) -> int:
-    """Rows of a block that a program stores: chunk 1, 2, ... goes to the programs in turn."""
+    """Rows of a block that a program stores: chunk 0, 1, ... goes to the programs in turn."""
     rows = [chunk.rows for group in block.groups for chunk in group.chunks]
-    return sum(n for i, n in enumerate(rows, 1) if i % programs == program)
+    return sum(n for i, n in enumerate(rows) if i % programs == program)
 
 
 def _span(what: str, first: int, end: int) -> str:

@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jax_tkg._typing import Array
-from jax_tkg.nki.arguments import Launch, Named, kernel_limits, make_launch, plan_kernel
+from jax_tkg.nki.arguments import (
+    Launch,
+    Named,
+    kernel_limits,
+    make_launch,
+    plan_kernel,
+    rotation_limits,
+)
 from jax_tkg.nki.custom_call import KernelCompiler, NkiJit
+from jax_tkg.nki.host import Host
 from jax_tkg.nki.toolchain import default_programs
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
@@ -18,9 +26,15 @@ from jax_tkg.problem import AttentionProblem, Op
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Runs kernels in the interpreter instead of compiling them."""
+    """Runs kernels in the interpreter instead of compiling them.
+
+    Attributes:
+        platform: the only one.
+        host: by which kernels of a part of the program are launched; see `jax_tkg.nki.host`.
+    """
 
     platform: str = "cpu"
+    host: Host | None = None
 
     def why_not(self, programs: int) -> str | None:
         """It can always do it."""
@@ -41,6 +55,7 @@ class Interpreter:
             result=launch.result,
             programs=programs,
             static={"plan": launch.plan},
+            host=self.host,
         )
 
 
@@ -116,18 +131,23 @@ class Nki:
             or self.compiler.why_not(self.programs)
         )
 
+    def why_not_rotate(self, problem: AttentionProblem, target: Target) -> str | None:
+        """What the kernel cannot rotate itself; see `jax_tkg.rotation`."""
+        del target
+        return rotation_limits(problem)
+
     def plan(self, problem: AttentionProblem, target: Target) -> object:
         """A `KernelPlan`."""
         del target
         return plan_kernel(problem, self.programs, self.exchange, unseen_values=self.unseen_values)
 
-    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, Array]:
+    def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, ...]:
         """Launches the kernel once."""
         if self.self_test:
             ask_known_answer(replace(self, self_test=False), self.compiler.platform)
         launch = make_launch(problem, ops, self.programs, self.exchange, self.unseen_values)
-        out, lse = self.compiler.call(launch, self.programs)
-        return out.astype(jnp.float32), lse
+        out, *rest = self.compiler.call(launch, self.programs)
+        return out.astype(jnp.float32), *rest
 
 
 @dataclass(frozen=True)

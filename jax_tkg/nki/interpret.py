@@ -16,6 +16,8 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_tkg import _compat
+from jax_tkg.lowering import run_compiled, target_of
+from jax_tkg.nki.host import Host
 from jax_tkg.nki.interpreter import Kernel, run
 
 interpret_p = Primitive("nki_interpret")
@@ -30,6 +32,7 @@ def interpret(
     target: str = "trn2",
     exact: bool = False,
     static: Mapping[str, Any] | None = None,
+    host: Host | None = None,
 ) -> Any:
     """Runs an NKI kernel in the interpreter, as part of a JAX computation on the CPU.
 
@@ -45,6 +48,7 @@ def interpret(
         target: trn1, trn2 or trn3.
         exact: keep every float as float32 inside.
         static: other arguments by name; values must be hashable.
+        host: for a part of a program that is lowered after the program itself.
 
     Returns:
         Arrays as in `result`.
@@ -71,6 +75,7 @@ def interpret(
         static=tuple(sorted((static or {}).items())),
         result=tuple((tuple(s.shape), np.dtype(s.dtype)) for s in structs),
         mapped=(),
+        host=host,
     )
     return jax.tree.unflatten(tree, outputs)
 
@@ -148,18 +153,20 @@ def _describe(arrays: Sequence[Any]) -> str:
     return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in arrays) or "nothing"
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
-    platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-    if platforms != ("cpu",):
+def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, host: Host | None, **params: Any) -> Any:
+    target = target_of(ctx)
+    if target.platforms != ("cpu",):
         raise NotImplementedError(
-            f"interpreted NKI kernels run on the CPU, not on {'+'.join(platforms)}: place the "
-            "computation there with jax.jit(...).lower or jax.default_device."
+            f"interpreted NKI kernels run on the CPU, not on {'+'.join(target.platforms)}: place "
+            "the computation there with jax.jit(...).lower or jax.default_device."
         )
-    if _compat.is_auto_partitioned(ctx):
+    if target.auto_partitioned:
         raise NotImplementedError(
             "an interpreted NKI kernel cannot be split by the compiler: call it inside "
             "jax.shard_map, where each device launches it on its shard."
         )
+    if host is not None:
+        return host.launch(ctx, partial(_launch, **params), operands)
     avals_in: Any = ctx.avals_in
     avals_out: Any = ctx.avals_out
     results, _, _ = mlir.emit_python_callback(
@@ -176,14 +183,9 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
 
 mlir.register_lowering(interpret_p, _lower)
 
-_PARAMETERS = ("kernel", "programs", "target", "exact", "static", "result", "mapped")
-_compiled = jax.jit(interpret_p.bind, static_argnames=_PARAMETERS)
-
-
-@interpret_p.def_impl
-def _eager(*arrays: jax.Array, **params: Any) -> Any:
-    with jax.disable_jit(False):
-        return _compiled(*arrays, **params)
+run_compiled(
+    interpret_p, ("kernel", "programs", "target", "exact", "static", "result", "mapped", "host")
+)
 
 
 # --- batching

@@ -16,6 +16,8 @@ def place_live_tiles(
     slots: int,
     live: LiveTiles,
     programs: int,
+    *,
+    apart: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Tiles over the slots that some token of a sequence sees.
 
@@ -30,6 +32,7 @@ def place_live_tiles(
 
     Token t of row b sees slots low[b, t] <= s < high[b, t] of S. The first slot of row b that has
     no page is usable[b]: only where there are live ones behind it do dead slots lie among them.
+    `apart` says that tokens may see slots with dead ones between them, as given positions can.
 
     Returns:
         counts, starts, edges as in `Inputs`.
@@ -54,6 +57,8 @@ def place_live_tiles(
     others = tiles - taken
     rounds = -(-others // programs)
     is_dirty = (whole == 0) | (bottom < first) | (top > end) | (usable < end)
+    if apart:
+        is_dirty |= _have_gaps(low, high, end)
     counts = jnp.stack(
         [full_rounds, jnp.where(is_dirty, 0, rounds), jnp.where(is_dirty, rounds, 0)], axis=-1
     )
@@ -80,3 +85,13 @@ def place_live_tiles(
         starts.astype(jnp.int32),
         jnp.stack([start, behind_counted], axis=2).astype(jnp.float32),
     )
+
+
+def _have_gaps(low: Array, high: Array, end: Array) -> Array:
+    """Rows, bool `[B]`, in which slots that no token sees lie between slots that some do.
+
+    Then one of them is where some token has just stopped seeing.
+    """
+    behind = high[:, :, None]
+    seen = jnp.any((low[:, None] <= behind) & (behind < high[:, None]), axis=2)
+    return jnp.any((low < high) & (high < end[:, None]) & ~seen, axis=1)

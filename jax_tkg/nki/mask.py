@@ -56,49 +56,72 @@ def make_mask_plan(
     return MaskPlan(batch, tokens, slots, by_key, shares)
 
 
-def visible_by_key(positions: Any, low: Any, high: Any) -> Any:
-    """Which slots each token sees, slots on the partitions.
+def hidden_by_key(positions: Any, low: Any, high: Any) -> Any:
+    """Which keys are hidden, keys on the partitions; all three are views of one shape.
 
     Args:
-        positions: float32 or int32 `[partitions, n]`, the position of each slot.
-        low: float32 `[partitions, T]`, the same in every partition.
-        high: the same.
+        positions: float32 or int32 `[partitions, ...]`, of the keys.
+        low: float32, the first position that is seen; None where none is too early.
+        high: float32, the first one that is not seen any more.
 
     Returns:
-        uint8 `[partitions, n, T]`, 1 where token t sees the slot.
+        uint8 `[partitions, ...]`, 1 where not low <= position < high.
     """
-    partitions, n = positions.shape
-    tokens = low.shape[1]
-    shape = (partitions, n, tokens)
-    every = positions.expand_dim(2).broadcast(2, tokens)
-    visible = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
-    first = low.expand_dim(1).broadcast(1, n)
-    nisa.tensor_tensor(dst=visible, data1=every, data2=first, op=nl.greater_equal)
-    before = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
-    end = high.expand_dim(1).broadcast(1, n)
-    nisa.tensor_tensor(dst=before, data1=every, data2=end, op=nl.less)
-    nisa.tensor_tensor(dst=visible, data1=visible, data2=before, op=nl.logical_and)
-    return visible
+    hidden = nl.ndarray(positions.shape, nl.uint8, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=hidden, data1=positions, data2=high, op=nl.greater_equal)
+    if low != None:  # noqa: E711  (the kernel language has no `is`)
+        early = nl.ndarray(positions.shape, nl.uint8, buffer=nl.sbuf)
+        nisa.tensor_tensor(dst=early, data1=positions, data2=low, op=nl.less)
+        nisa.tensor_tensor(dst=hidden, data1=hidden, data2=early, op=nl.logical_or)
+    return hidden
 
 
-def visible_by_row(positions: Any, low: Any, high: Any) -> Any:
-    """Which slots each token sees, tokens on the partitions.
+def hidden_by_row(positions: Any, low: Any, high: Any) -> Any:
+    """Which keys are hidden from each row, rows on the partitions.
 
     Args:
         positions: float32 or int32 `[rows, n]`, the same in every partition.
-        low: float32 `[rows, 1]`, of the token of each partition.
+        low: float32 `[rows, 1]`, of the row of each partition: see `hidden_by_key`.
         high: the same.
 
     Returns:
-        uint8 `[rows, n]`, 1 where the row's token sees the slot.
+        uint8 `[rows, n]`, 1 where the row does not see the key.
     """
-    visible = nl.ndarray(positions.shape, nl.uint8, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=visible, data=positions, op0=nl.greater_equal, operand0=low)
+    hidden = nl.ndarray(positions.shape, nl.uint8, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=hidden, data=positions, op0=nl.less, operand0=low)
     nisa.scalar_tensor_tensor(
-        dst=visible, data=positions, op0=nl.less, operand0=high,
-        op1=nl.logical_and, operand1=visible,
+        dst=hidden, data=positions, op0=nl.greater_equal, operand0=high,
+        op1=nl.logical_or, operand1=hidden,
     )  # fmt: skip
-    return visible
+    return hidden
+
+
+def select_slots(logits: Any, low: Any, high: Any, first: int) -> tuple[Any, Any]:
+    """The same of keys that follow each other, applied: one instruction, which counts the slots.
+
+    Args:
+        logits: `[rows, n]`, of slots `first` to `first + n`; what is hidden may be NaN.
+        low: as in `hidden_by_row`.
+        high: the same.
+        first: see `logits`.
+
+    Returns:
+        The logits in SBUF, the hidden ones far below all others, and the largest of each row
+        `[rows, 1]`.
+    """
+    selected = nl.ndarray(logits.shape, nl.float32, buffer=nl.sbuf)
+    largest = nl.ndarray((logits.shape[0], 1), nl.float32, buffer=nl.sbuf)
+    nisa.range_select(
+        dst=selected, on_true_tile=logits, comp_op0=nl.greater_equal, comp_op1=nl.less,
+        bound0=low, bound1=high, range_start=first, reduce_res=largest, reduce_op=nl.maximum,
+    )  # fmt: skip
+    return selected, largest
+
+
+def shown(hidden: Any) -> Any:
+    """1 where a mask has 0, and 0 elsewhere; the same tile."""
+    nisa.tensor_scalar(dst=hidden, data=hidden, op0=nl.equal, operand0=0)
+    return hidden
 
 
 def mask(bounds: Any, positions: Any = None, plan: Any = None) -> Any:
@@ -138,8 +161,12 @@ def store_by_key(out: Any, bounds: Any, positions: Any, tile: Any, plan: MaskPla
     for i, bound in ((0, low), (1, high)):
         row = bounds[i, b].reshape((1, plan.tokens))
         nisa.dma_copy(dst=bound, src=row.broadcast(0, partitions))
-    visible = visible_by_key(at, low, high)
-    nisa.dma_copy(dst=out[b, mine, :].reshape_dim(0, (partitions, n)), src=visible)
+    hidden = hidden_by_key(
+        at.expand_dim(2).broadcast(2, plan.tokens),
+        low.expand_dim(1).broadcast(1, n),
+        high.expand_dim(1).broadcast(1, n),
+    )
+    nisa.dma_copy(dst=out[b, mine, :].reshape_dim(0, (partitions, n)), src=shown(hidden))
 
 
 def store_by_row(out: Any, bounds: Any, positions: Any, tile: Any) -> None:
@@ -155,4 +182,4 @@ def store_by_row(out: Any, bounds: Any, positions: Any, tile: Any) -> None:
     high = nl.ndarray((rows, 1), nl.float32, buffer=nl.sbuf)
     for i, bound in ((0, low), (1, high)):
         nisa.dma_copy(dst=bound, src=bounds[i, b, tokens].reshape((rows, 1)))
-    nisa.dma_copy(dst=out[b, tokens, mine], src=visible_by_row(at, low, high))
+    nisa.dma_copy(dst=out[b, tokens, mine], src=shown(hidden_by_row(at, low, high)))

@@ -18,6 +18,10 @@ from jax_tkg.nki.tiles import PAGED_RUN, KeyTile, key_tile, key_tiles, paged_run
 MAX_KEYS = 8192
 """Keys of a tile: with H = 128 in 16 bits, 16 KiB of keys and of values in each partition."""
 
+PAGED_KEYS = 10240
+"""The same of pages: they arrive in gathers of a run, so that large tiles wait for nothing, and
+longer runs fit."""
+
 LOGIT_BANKS = 4
 """Banks of PSUM for the logits of cached keys in a tile: half of all. Each holds whole columns."""
 
@@ -89,6 +93,7 @@ class Features(nl.NKIObject):
             "interleaved" (2i with 2i + 1) or None.
         is_ragged: which slots are live is known at run time only.
         clears_values: slots that no row sees may hold anything, NaN too.
+        returns_lse: the kernel returns the log-sum-exp too; without it, it cannot rotate.
     """
 
     scale: float
@@ -106,6 +111,7 @@ class Features(nl.NKIObject):
     rotary: str | None = None
     is_ragged: bool = False
     clears_values: bool = True
+    returns_lse: bool = True
 
 
 @dataclass(frozen=True)
@@ -207,14 +213,14 @@ def make_plan(
     programs: int = 1,
     exchange: str = "deferred",
     loop: str | None = None,
-    max_keys: int = MAX_KEYS,
+    max_keys: int | None = None,
     most_live: int | None = None,
     page_len: int = 0,
 ) -> KernelPlan:
     """Plans a problem; for the sizes see `KernelPlan`.
 
-    Tiles hold up to `max_keys` keys; at most `most_live` of a sequence are live. `loop` says
-    "static" or "runtime"; None chooses, see `choose_loop`.
+    Tiles hold up to `max_keys` keys, `MAX_KEYS` or `PAGED_KEYS` unless given; at most `most_live`
+    of a sequence are live. `loop` says "static" or "runtime"; None chooses, see `choose_loop`.
 
     Raises:
         ValueError: if T is more than 512, or an option has no such value.
@@ -222,7 +228,7 @@ def make_plan(
     _check_options(exchange, loop, features)
     live_slots = slots if most_live is None else min(slots, most_live)
     smallest = PARTITIONS * programs * (PAGED_RUN if page_len else 1)
-    is_loop = slots >= smallest and choose_loop(features, slots, programs, live_slots)
+    is_loop = slots > smallest and choose_loop(features, slots, programs, live_slots)
     if loop is not None:
         is_loop = loop == "runtime"
     sharding, reason = choose_sharding(
@@ -235,6 +241,7 @@ def make_plan(
         blocks.append(blocks_of(row_groups(*ranges, group, tokens), group, value_head_dim))
     side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
     widest = max(g.rows for groups in side_by_side for g in groups)
+    max_keys = (PAGED_KEYS if page_len else MAX_KEYS) if max_keys is None else max_keys
     most = max(1, min(max_keys // PARTITIONS, LOGIT_BANKS * (BANK_ELEMENTS // widest)))
     share = slots if sharding != "sequence" else math.ceil(slots / programs)
     if is_loop:  # whose tiles are equal
@@ -318,6 +325,8 @@ def _check_options(exchange: str, loop: str | None, features: Features) -> None:
         raise ValueError(f"rotary {features.rotary!r}: must be 'half', 'interleaved' or None.")
     if features.rotary is not None and not features.has_new_keys:
         raise ValueError("rotary needs the new keys beside the cache: it rotates them too.")
+    if features.rotary is not None and not features.returns_lse:
+        raise ValueError("rotary needs returns_lse: the rotated keys come behind the log-sum-exp.")
     if loop not in LOOPS:
         raise ValueError(f"loop {loop!r}: must be 'static', 'runtime' or None.")
     if loop == "runtime" and (features.has_mask or features.has_bias or features.has_positions):
@@ -328,7 +337,10 @@ def _check_options(exchange: str, loop: str | None, features: Features) -> None:
 
 
 def _live_tiles(slots: int, live_slots: int, programs: int, most: int, run: int) -> LiveTiles:
-    """Tiles for a loop, as large as allowed; a program's part of a full cache is a whole number."""
+    """Tiles for a loop, as large as allowed; a program's part of a full cache is a whole number.
+
+    A few rounds more than needed where they divide it evenly: no key is then read twice.
+    """
     columns = run or 1
     units = slots // (PARTITIONS * columns * programs)
     if units == 0:
@@ -336,7 +348,9 @@ def _live_tiles(slots: int, live_slots: int, programs: int, most: int, run: int)
             f"{slots} slots are less than a tile for each of {programs} programs: use "
             "loop='static'."
         )
-    rounds = math.ceil(slots / (PARTITIONS * programs * max(1, most // columns) * columns))
+    needed = math.ceil(slots / (PARTITIONS * programs * max(1, most // columns) * columns))
+    even = [n for n in range(needed, needed + needed // 3 + 1) if units % n == 0]
+    rounds = even[0] if even else needed
     keys = math.ceil(slots / (PARTITIONS * columns * programs * rounds)) * columns * PARTITIONS
     keys = min(keys, units * columns * PARTITIONS)
     full = key_tile(0, keys, run, 0, is_masked=False, is_dirty=False)

@@ -1,5 +1,8 @@
 """Rotary embedding: steps on tiles with a token a partition, and a kernel of its own.
 
+The decode kernel rotates its few rows where it loads them; the prefill kernel, whose queries are
+many and whose keys are loaded again and again, begins with `rotate_tokens`, as the kernel here.
+
 Pair i of a head turns by `position * frequency_i`. Only the fraction of a full turn matters, and
 float32 loses it past a few thousand tokens, so it is formed from parts whose products are exact.
 With a position p = upper * 2^11 + lower and f turns per token, p * f = lower * f + upper * g,
@@ -214,6 +217,48 @@ def rotate_rows(dst: Any, rows: Any, cos_sin: Any, is_interleaved: bool) -> None
         nisa.tensor_copy(dst=target[:, :, rest], src=source[:, :, rest])
 
 
+def rotate_tokens(
+    targets: Any, sources: Any, positions: Any, table: Any, is_interleaved: bool
+) -> None:
+    """Rotates the heads of tokens from HBM to HBM; programs take as many tokens each.
+
+    A token's angles are made once, whatever has to be rotated by them.
+
+    Args:
+        targets: a list of arrays `[B, T, heads, H]`, to be filled.
+        sources: likewise, of the same shapes and types.
+        positions: int32 `[B, T]`, in [-2^20, 2^20].
+        table: of `rotary_table`.
+        is_interleaved: see `RopePlan`.
+    """
+    count = positions.size
+    column = positions.reshape((count, 1))
+    turns = load_turns(table, min(PARTITIONS, count))
+    first_token = count * nl.program_id(0) // nl.num_programs(0)
+    end = count * (nl.program_id(0) + 1) // nl.num_programs(0)
+    for start in range(first_token, end, PARTITIONS):
+        mine = nl.ds(start, min(PARTITIONS, end - start))
+        at = nl.ndarray((min(PARTITIONS, end - start), 1), nl.int32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=at, src=column[mine, :])
+        cos_sin = cos_sin_rows(at, turns)
+        for i in range(len(sources)):
+            rows = (count, sources[i].shape[2], sources[i].shape[3])
+            source, target = sources[i].reshape(rows), targets[i].reshape(rows)
+            rotate_heads(target[mine], source[mine], cos_sin, is_interleaved)
+
+
+def rotate_heads(target: Any, source: Any, cos_sin: Any, is_interleaved: bool) -> None:
+    """Rotates `[rows, heads, H]` in HBM, some heads at a time: see `rotate_rows`."""
+    rows, heads, width = source.shape
+    step = max(1, TILE_ELEMENTS // width)
+    for first in range(0, heads, step):
+        some = nl.ds(first, min(step, heads - first))
+        tile = nl.ndarray((rows, min(step, heads - first), width), source.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(dst=tile, src=source[:, some, :])
+        rotate_rows(tile, tile, cos_sin, is_interleaved)
+        nisa.dma_copy(dst=target[:, some, :], src=tile)
+
+
 def rope(x: Any, positions: Any, table: Any, plan: RopePlan) -> Any:
     """Rotates queries or keys; two programs take half of the tokens each.
 
@@ -226,25 +271,6 @@ def rope(x: Any, positions: Any, table: Any, plan: RopePlan) -> Any:
     Returns:
         Shape and dtype of `x`.
     """
-    batch, tokens, heads, width = x.shape
     out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
-    count = batch * tokens
-    source, target = x.reshape((count, heads, width)), out.reshape((count, heads, width))
-    column = positions.reshape((count, 1))
-    turns = load_turns(table, min(PARTITIONS, count))
-    step = max(1, TILE_ELEMENTS // width)
-    first_token = count * nl.program_id(0) // nl.num_programs(0)
-    end = count * (nl.program_id(0) + 1) // nl.num_programs(0)
-    for start in range(first_token, end, PARTITIONS):
-        rows = min(PARTITIONS, end - start)
-        mine = nl.ds(start, rows)
-        at = nl.ndarray((rows, 1), nl.int32, buffer=nl.sbuf)
-        nisa.dma_copy(dst=at, src=column[mine, :])
-        cos_sin = cos_sin_rows(at, turns)
-        for first in range(0, heads, step):
-            some = nl.ds(first, min(step, heads - first))
-            tile = nl.ndarray((rows, min(step, heads - first), width), x.dtype, buffer=nl.sbuf)
-            nisa.dma_copy(dst=tile, src=source[mine, some, :])
-            rotate_rows(tile, tile, cos_sin, plan.is_interleaved)
-            nisa.dma_copy(dst=target[mine, some, :], src=tile)
+    rotate_tokens([out], [x], positions, table, plan.is_interleaved)
     return out

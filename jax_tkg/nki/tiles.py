@@ -92,14 +92,16 @@ def piece(
 
 
 def cache_pieces(keys: int, run: int) -> tuple[Piece, ...]:
-    """Pieces of so many slots; with a `run`, every partition holds so many slots of one page."""
-    subtiles = run or keys // PARTITIONS
-    pieces, start, column = [], 0, 0
-    while subtiles and keys - start >= PARTITIONS * subtiles:
-        pieces.append(piece(start, PARTITIONS, subtiles, column))
-        start, column = start + PARTITIONS * subtiles, column + subtiles
-    if keys > start:
-        pieces.append(piece(start, (keys - start) // (run or 1), run or 1, column))
+    """Pieces of so many slots: as many for every partition as there are, then what is left.
+
+    With a `run`, a partition holds whole runs of a page.
+    """
+    unit = run or 1
+    subtiles = keys // (PARTITIONS * unit) * unit
+    whole = PARTITIONS * subtiles
+    pieces = [piece(0, PARTITIONS, subtiles, 0)] if subtiles else []
+    if keys > whole:
+        pieces.append(piece(whole, (keys - whole) // unit, unit, subtiles))
     return tuple(pieces)
 
 

@@ -95,7 +95,7 @@ class BlockStep:
         v_scale: Array | None,
     ) -> SoftmaxState:
         problem = self.problem
-        products = self._dot(self.query, key, contract=3)  # [B, K, G * T, keys]
+        products = self._products(key)
         split = products.reshape(
             *products.shape[:2], problem.group, problem.num_tokens, products.shape[3]
         )
@@ -103,14 +103,27 @@ class BlockStep:
         if k_scale is not None:
             scale = problem.scale * k_scale[:, :, None, None, None]
         logits = adjust_logits(problem, split, scale, seen, bias).reshape(products.shape)
-        if problem.is_padded:
-            value = without_unseen(value, jnp.any(seen, axis=(2, 3)))
+        value = self._values(value, seen)
 
         def weigh(weights: Array) -> Array:
-            mixed = self._dot(weights.astype(self.plan.compute_dtype), value, contract=2)
+            mixed = self._mixed(weights.astype(self.plan.compute_dtype), value)
             return mixed if v_scale is None else mixed * v_scale[:, :, None, None]
 
         return state.update(logits, weigh, self._agree if self.plan.exchange else None)
+
+    def _products(self, key: Array) -> Array:
+        """`[B, K, G * T, keys]`."""
+        return self._dot(self.query, key, contract=3)
+
+    def _values(self, value: Array, seen: Array) -> Array:
+        """Values that can be multiplied by 0."""
+        if not self.problem.is_padded:
+            return value
+        return without_unseen(value, jnp.any(seen, axis=(2, 3)))
+
+    def _mixed(self, weights: Array, value: Array) -> Array:
+        """`[B, K, G * T, Hv]`."""
+        return self._dot(weights, value, contract=2)
 
     def _agree(self, peak: Array) -> Array:
         """The maximum over the devices that have other keys of the same rows."""

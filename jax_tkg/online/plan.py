@@ -4,6 +4,7 @@ Three forms share the maths:
 
 - ROWS: a loop over (sequence, KV head), inside it a loop over tiles of keys that ends at that row's
   own length. Made for XLA:CPU, where a tile that stays in the L2 cache decides the speed.
+  Where most keys turn out to be live, one dot over all of them may be tried first.
 - BLOCKS: all rows at once, a loop over tiles of keys that ends at the longest live row; one block
   and no loop when the scores are small. Plain, fusable XLA that partitions by rows and heads.
 - PARTS: BLOCKS where the compiler may split the slots too, and would gather every tile of
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_tkg.cache.storage import cpu_needs_bits
 from jax_tkg.problem import AttentionProblem
 
 CPU_TILE_BYTES = 128 * 1024
@@ -26,6 +28,20 @@ switches to non-temporal stores) and the loop takes twice as long."""
 
 CPU_ONE_DOT_BYTES = 768 * 1024
 """Scores up to this size may be computed in one dot on CPU: scores and weights stay under 2 MiB."""
+
+CPU_WHOLE_BYTES = 512 * 1024
+"""Smaller keys and values are not worth compiling a second way."""
+
+CPU_WHOLE_WIDTH, CPU_WHOLE_ROWS = 64, 4
+"""Widest heads and most queries of a KV head for which one dot over all keys was measured to take
+no more processor time than the loop; of heads of 128 it takes 1.2 to 1.6 times as much."""
+
+CPU_SMALL_BYTES = (256 * 1024, 1024 * 1024)
+"""Keys and values of heads beside each other that are so small that copying them into order costs
+less than a loop. Not measured below."""
+
+CPU_PRODUCT_BYTES = 1024 * 1024
+"""Products of every query with the keys of every head, for heads that lie beside each other."""
 
 BLOCK_TILE = 2048
 """Keys a step off the CPU. Not tuned: nothing was measured on GPU or TPU."""
@@ -74,6 +90,8 @@ class OnlinePlan:
         reason: why this form.
         exchange: mapped axes with which the running maximum is exchanged on every tile.
         parts: m, into which the slots are divided.
+        buffered: tiles are decoded into memory that the loop carries; see `rows.TileBuffers`.
+        whole_first: where most keys are live, one dot over all of them goes first; see `whole`.
     """
 
     form: Form
@@ -85,6 +103,8 @@ class OnlinePlan:
     reason: str
     exchange: tuple[str, ...] = ()
     parts: int = 1
+    buffered: bool = False
+    whole_first: bool = False
 
     def __str__(self) -> str:
         """One line for `explain`."""
@@ -98,6 +118,10 @@ class OnlinePlan:
             loop += f" of each of {self.parts} parts"
         if self.exchange:
             loop += f", maximum exchanged over {' x '.join(self.exchange)} on each"
+        if self.whole_first:
+            loop = f"one dot if most keys are live, else {loop}"
+        if self.buffered:
+            loop += ", each decoded into one buffer"
         return f"{self.form.value}: {loop}; dots in {self.compute_dtype.name}; {self.reason}"
 
 
@@ -129,12 +153,58 @@ def _plan_cpu(problem: AttentionProblem) -> OnlinePlan:
         return OnlinePlan(
             Form.BLOCKS, problem.kv_len, 1, False, True, float32, "every key is live, scores small"
         )
+    if _small_on_cpu(problem):
+        return OnlinePlan(
+            Form.BLOCKS, problem.kv_len, 1, False, True, float32, "small keys and values"
+        )
     widest = max(problem.head_dim, problem.value_head_dim)
     tile = CPU_TILE_BYTES // (4 * widest)
     tile, num_tiles = _tiles(problem, tile - tile % 16 if tile > 16 else tile)
     return OnlinePlan(
-        Form.ROWS, tile, num_tiles, True, False, float32, "K tile in L2, each row to its own length"
+        Form.ROWS,
+        tile,
+        num_tiles,
+        True,
+        False,
+        float32,
+        "K tile in L2, each row to its own length",
+        buffered=cpu_needs_bits(problem.kv.stored_dtype),
+        whole_first=_whole_on_cpu(problem),
     )
+
+
+def _few_on_cpu(problem: AttentionProblem) -> bool:
+    """Whether the keys are float32 and so narrow, for so few queries, that loops are slow."""
+    width = max(problem.head_dim, problem.value_head_dim)
+    return (
+        # Symbolic sizes, as of an export, are not known to be small.
+        isinstance(problem.batch * problem.kv_len * problem.num_tokens, int)
+        and problem.kv.stored_dtype == np.float32
+        and not problem.kv.has_holes
+        and width <= CPU_WHOLE_WIDTH
+        and problem.rows_per_head <= CPU_WHOLE_ROWS
+    )
+
+
+def _kv_bytes(problem: AttentionProblem) -> int:
+    widths = problem.head_dim + problem.value_head_dim
+    return 4 * problem.batch * problem.num_kv_heads * problem.kv_len * widths
+
+
+def _small_on_cpu(problem: AttentionProblem) -> bool:
+    if not _few_on_cpu(problem) or problem.kv.heads_contiguous:
+        return False
+    least, most = CPU_SMALL_BYTES
+    return least <= _kv_bytes(problem) <= most
+
+
+def _whole_on_cpu(problem: AttentionProblem) -> bool:
+    """Whether one dot over keys as they lie is fast, and its scores small."""
+    if not _few_on_cpu(problem) or _kv_bytes(problem) < CPU_WHOLE_BYTES:
+        return False
+    if problem.kv.heads_contiguous:
+        return _score_bytes(problem) <= CPU_ONE_DOT_BYTES
+    return _score_bytes(problem) * problem.num_kv_heads <= CPU_PRODUCT_BYTES
 
 
 def _plan_blocks(problem: AttentionProblem, target: Target) -> OnlinePlan:

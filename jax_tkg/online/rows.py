@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
 
 from jax_tkg._typing import Array, Float
+from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.online.plan import OnlinePlan
 from jax_tkg.online.tiles import (
     KeyRun,
@@ -17,12 +19,17 @@ from jax_tkg.online.tiles import (
     ungrouped,
     without_unseen,
 )
+from jax_tkg.online.whole import try_whole
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import SoftmaxState
 
-Fold = Callable[[Array, SoftmaxState], SoftmaxState]
+State = TypeVar("State")
+Fold = Callable[[Array, State], State]
 """Folds the tile of a number into the state."""
+
+BUFFER_TAIL = 16
+"""Slots by which a buffer is longer than a tile."""
 
 
 def attend_rows(
@@ -34,6 +41,8 @@ def attend_rows(
     tiles = TileRanges.create(masks, masks.cached, plan.tile)
     sinks = None if ops.sinks is None else grouped_sinks(ops.sinks, problem)
 
+    zero = jnp.int32(0)  # also where JAX counts in 64 bits
+
     def attend_row(r: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         batch, head = r // problem.num_kv_heads, r % problem.num_kv_heads
         step = _RowStep(
@@ -42,13 +51,14 @@ def attend_rows(
         state = SoftmaxState.init((problem.rows_per_head,), problem.value_head_dim, key_axis=0)
         if problem.has_new_kv:
             state = step.fold_new(state)
-        state = tiles.fold(batch, step.fold_full, step.fold_edge, state)
+        carry = (state, step.buffers())
+        state, _ = tiles.fold(batch, step.fold_full, step.fold_edge, carry)
         if sinks is not None:
             state = state.add_sink(sinks[batch if sinks.shape[0] > 1 else 0, head])
         out, lse = state.finalize()
         return (
-            lax.dynamic_update_slice(results[0], out[None, None], (batch, head, 0, 0)),
-            lax.dynamic_update_slice(results[1], lse[None, None], (batch, head, 0)),
+            lax.dynamic_update_slice(results[0], out[None, None], (batch, head, zero, zero)),
+            lax.dynamic_update_slice(results[1], lse[None, None], (batch, head, zero)),
         )
 
     shape = (problem.batch, problem.num_kv_heads, problem.rows_per_head)
@@ -56,8 +66,11 @@ def attend_rows(
         jnp.zeros((*shape, problem.value_head_dim), jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    rows = problem.batch * problem.num_kv_heads
-    out, lse = lax.fori_loop(0, rows, attend_row, empty)
+    rows: Array | int = problem.batch * problem.num_kv_heads
+    if plan.whole_first:
+        done, empty = try_whole(problem, ops, plan)
+        rows = jnp.where(done, 0, rows)
+    out, lse = lax.fori_loop(zero, rows, attend_row, empty)
     return ungrouped(out, problem.num_tokens), ungrouped(lse, problem.num_tokens)
 
 
@@ -85,7 +98,7 @@ class TileRanges:
         full_end = jnp.clip(full_end // tile, full_first, end)
         return cls(first, end, full_first, full_end)
 
-    def fold(self, batch: Array | int, full: Fold, edge: Fold, state: SoftmaxState) -> SoftmaxState:
+    def fold(self, batch: Array | int, full: Fold[State], edge: Fold[State], state: State) -> State:
         """Folds the live tiles of one row: with `full` where it can, then with `edge`."""
         first, full_first, full_end, end = (
             x[batch] for x in (self.first, self.full_first, self.full_end, self.end)
@@ -93,10 +106,49 @@ class TileRanges:
         state = lax.fori_loop(full_first, full_end, full, state)
         before = full_first - first
 
-        def fold_edge(i: Array, state: SoftmaxState) -> SoftmaxState:
+        def fold_edge(i: Array, state: State) -> State:
             return edge(jnp.where(i < before, first + i, full_end + i - before), state)
 
-        return lax.fori_loop(0, before + end - full_end, fold_edge, state)
+        return lax.fori_loop(jnp.int32(0), before + end - full_end, fold_edge, state)
+
+
+class TileBuffers(NamedTuple):
+    """Memory that a loop carries, to decode tiles of native bfloat16 or 8-bit floats into.
+
+    XLA:CPU takes the read of such a tile, which bitcasts the array that it is cut from, for a read
+    of all of it, and divides it between the threads: they meet on every tile. Measured, that takes
+    1.6 to 3 times the processor time and no less wall time. It never divides an update in place.
+    As an update of a whole buffer would be simplified away, each has a tail of slots that stay 0.
+
+    Attributes:
+        key: `[tile + BUFFER_TAIL, H]`, or transposed, as `KVLayout.row_tile` has it.
+        value: `[tile + BUFFER_TAIL, Hv]`.
+    """
+
+    key: Array
+    value: Array
+
+    @classmethod
+    def create(cls, problem: AttentionProblem, kv: KVLayout, tile: int) -> "TileBuffers":
+        """Empty ones for tiles of a layout."""
+        key = (tile + BUFFER_TAIL, problem.head_dim)
+        axes = str(kv.letters().key)
+        transposed = "S" in axes and axes.index("H") < axes.index("S")
+        value = (tile + BUFFER_TAIL, problem.value_head_dim)
+        return cls(
+            jnp.zeros(key[::-1] if transposed else key, jnp.float32),
+            jnp.zeros(value, jnp.float32),
+        )
+
+    def put(self, key: Array, value: Array) -> "TileBuffers":
+        """With a tile in them."""
+        return TileBuffers(
+            lax.dynamic_update_slice(self.key, key, (0, 0)),
+            lax.dynamic_update_slice(self.value, value, (0, 0)),
+        )
+
+
+_Carry = tuple[SoftmaxState, TileBuffers | None]
 
 
 class _RowStep:
@@ -115,27 +167,37 @@ class _RowStep:
         self.problem, self.ops, self.plan, self.masks = problem, ops, plan, masks
         self.query, self.batch, self.head = query, batch, head
 
-    def fold_full(self, i: Array, state: SoftmaxState) -> SoftmaxState:
+    def buffers(self) -> TileBuffers | None:
+        """What the loop carries beside the state, if the plan says so."""
+        if not self.plan.buffered:
+            return None
+        return TileBuffers.create(self.problem, self.ops.kv, self.plan.tile)
+
+    def fold_full(self, i: Array, carry: _Carry) -> _Carry:
         """Folds tile i of the cache, all of whose keys every query sees."""
         start = i * self.plan.tile
         bias = self.masks.bias_tile(self.masks.cached, start, self.plan.tile)
-        return self._fold_cached(state, start, None, bias)
+        return self._fold_cached(carry, start, None, bias)
 
-    def fold_edge(self, i: Array, state: SoftmaxState) -> SoftmaxState:
+    def fold_edge(self, i: Array, carry: _Carry) -> _Carry:
         """Folds tile i of the cache under its mask."""
         fresh = i * self.plan.tile
         start = jnp.minimum(fresh, self.problem.kv_len - self.plan.tile)
         seen, bias = self.masks.tile(self.masks.cached, start, self.plan.tile, fresh)
-        return self._fold_cached(state, start, seen, bias)
+        return self._fold_cached(carry, start, seen, bias)
 
     def _fold_cached(
-        self, state: SoftmaxState, start: Array, seen: Array | None, bias: Array | None
-    ) -> SoftmaxState:
-        kv = self.ops.kv
+        self, carry: _Carry, start: Array, seen: Array | None, bias: Array | None
+    ) -> _Carry:
+        kv, (state, buffers) = self.ops.kv, carry
         key, value = kv.row_tile(self.batch, self.head, start, self.plan.tile)
-        products = kv.row_products(key, self.query)
+        value = self._seen_values(value, seen)
+        if buffers is not None:
+            buffers = buffers.put(key, value)
+            key, value = buffers
+        products = kv.row_products(key, self.query)[: self.plan.tile]
         k_scale, v_scale = self._scale_of(kv.k_scale), self._scale_of(kv.v_scale)
-        return self._fold(state, products, value, seen, bias, k_scale, v_scale)
+        return self._fold(state, products, value, seen, bias, k_scale, v_scale), buffers
 
     def fold_new(self, state: SoftmaxState) -> SoftmaxState:
         """Folds the new keys beside the cache."""
@@ -148,7 +210,13 @@ class _RowStep:
         products = lax.dot_general(key, self.query, (((1,), (1,)), ((), ())))
         assert self.masks.beside is not None
         seen, bias = self.masks.tile(self.masks.beside, 0, self.problem.num_tokens, 0)
+        value = self._seen_values(value, seen)
         return self._fold(state, products, value, seen, bias, None, None)
+
+    def _seen_values(self, value: Array, seen: Array | None) -> Array:
+        if seen is None or not self.problem.is_padded:
+            return value
+        return without_unseen(value, jnp.any(seen[0, 0], axis=(0, 1)))
 
     def _fold(
         self,
@@ -169,10 +237,10 @@ class _RowStep:
             None if seen is None else _keys_first(seen),
             None if bias is None else _keys_first(bias),
         ).reshape(-1, problem.rows_per_head)
-        if seen is not None and problem.is_padded:
-            value = without_unseen(value, jnp.any(seen[0, 0], axis=(0, 1)))
+        tail = value.shape[0] - logits.shape[0]
 
         def weigh(weights: Array) -> Array:
+            weights = jnp.pad(weights, ((0, tail), (0, 0))) if tail else weights
             mixed = lax.dot_general(weights, value, (((0,), (0,)), ((), ())))
             return mixed if v_scale is None else mixed * v_scale
 

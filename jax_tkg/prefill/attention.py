@@ -117,6 +117,6 @@ def attention_cte(
     results = (
         found[0] if normalize else SoftmaxState(output=found[0], max=found[1], sum=found[2]),
         *((found[1],) * return_residual),
-        *((call.operands.new_key,) * (rope is not None)),
+        *((found[-1],) * (rope is not None)),
     )
     return results if len(results) > 1 else results[0]

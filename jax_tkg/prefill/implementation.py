@@ -6,9 +6,12 @@ from jax_tkg._typing import Array
 from jax_tkg.online.plan import Form, Target
 from jax_tkg.operands import Operands
 from jax_tkg.prefill.blocks import prefill_blocks
+from jax_tkg.prefill.parts import prefill_parts
 from jax_tkg.prefill.plan import make_prefill_plan
 from jax_tkg.prefill.rows import prefill_rows
 from jax_tkg.problem import AttentionProblem
+
+_FORMS = {Form.ROWS: prefill_rows, Form.BLOCKS: prefill_blocks, Form.PARTS: prefill_parts}
 
 
 @dataclass(frozen=True)
@@ -29,5 +32,4 @@ class TiledPrefill:
     def run(self, problem: AttentionProblem, ops: Operands, target: Target) -> tuple[Array, ...]:
         """Runs the form that the plan chose."""
         plan = make_prefill_plan(problem, target)
-        prefill = prefill_rows if plan.form is Form.ROWS else prefill_blocks
-        return prefill(problem, ops, plan)
+        return _FORMS[plan.form](problem, ops, plan)

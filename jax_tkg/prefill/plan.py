@@ -6,15 +6,21 @@ Two forms share the maths, as in decode:
   that those queries see. Made for XLA:CPU.
 - BLOCKS: all sequences and heads at once, one loop of constant length over the pairs of tiles that
   may have something to see. Plain XLA that partitions, and that Neuron can run.
+- PARTS: BLOCKS of each of m equal parts of the slots, where the compiler may split these. Where
+  they are not split it costs what causality saves: whether a part is hidden is not known.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from jax_tkg.online.grid import TileGrid, make_grid
 from jax_tkg.online.plan import Form, Target
 from jax_tkg.problem import AttentionProblem
+from jax_tkg.sharding.division import Division, divide
+from jax_tkg.sharding.spec import AttentionSharding
 
 CPU_ROWS, CPU_KEYS = 256, 128
 """Rows (query heads of a KV head times queries) and keys of a tile on CPU: logits and weights of
@@ -27,7 +33,10 @@ BLOCK_SCORE_BYTES = 16 * 1024 * 1024
 BLOCK_LARGEST, BLOCK_SMALLEST = 512, 128
 """Queries and keys of a tile off the CPU. Not tuned: nothing was measured on GPU or TPU."""
 
-MOST_KEYS = {Form.ROWS: 512, Form.BLOCKS: 2048}
+PARTS_AXIS = "parts of the slots"
+"""Of the form PARTS, as if each part were a device's."""
+
+MOST_KEYS = {Form.ROWS: 512, Form.BLOCKS: 2048, Form.PARTS: 2048}
 """Keys of a tile whose queries are few."""
 
 
@@ -41,6 +50,7 @@ class PrefillPlan:
         beside: likewise for the new keys beside the cache; None if there are none.
         compute_dtype: dtype of the operands of the dots, which accumulate in float32.
         reason: why this form.
+        parts: m, into which the slots are divided; the tiles are those of a part.
     """
 
     form: Form
@@ -48,6 +58,7 @@ class PrefillPlan:
     beside: TileGrid | None
     compute_dtype: np.dtype
     reason: str
+    parts: int = 1
 
     @property
     def grids(self) -> tuple[TileGrid, ...]:
@@ -69,6 +80,8 @@ class PrefillPlan:
         walks = f"{self.form.value}: {self.cached}"
         if self.beside is not None:
             walks += f" in the cache, {self.beside} beside it"
+        if self.parts > 1:
+            walks += f", of each of {self.parts} parts of the slots"
         if self.form is Form.ROWS:
             walks += ", fewer where lengths or bounds hide them"
         return f"{walks}; dots in {self.compute_dtype.name}; {self.reason}"
@@ -91,7 +104,7 @@ def make_prefill_plan(problem: AttentionProblem, target: Target) -> PrefillPlan:
     while side > BLOCK_SMALLEST and 4 * pairs * side * side > BLOCK_SCORE_BYTES:
         side //= 2
     where = "+".join(target.platforms) + (", partitioned" if target.auto_partitioned else "")
-    return divided(
+    plan = divided(
         problem,
         Form.BLOCKS,
         query_tile=side,
@@ -99,6 +112,26 @@ def make_prefill_plan(problem: AttentionProblem, target: Target) -> PrefillPlan:
         dtype=problem.compute_dtype,
         reason=f"for {where}",
     )
+    # Of a dense layout: a pool of pages has no order that could be split as slots are.
+    can_split = target.auto_partitioned and not problem.kv.has_holes
+    parts = math.gcd(problem.kv_len, target.devices) if can_split else 1
+    if parts == 1 or plan.cached.key_tile == problem.kv_len:
+        return plan
+    local = divided(
+        divided_slots(problem, parts).local,
+        Form.PARTS,
+        query_tile=side,
+        key_tile=max(plan.cached.key_tile // parts, min(BLOCK_SMALLEST, problem.kv_len // parts)),
+        dtype=problem.compute_dtype,
+        reason=plan.reason,
+    )
+    return replace(local, parts=parts)
+
+
+def divided_slots(problem: AttentionProblem, parts: int) -> Division:
+    """The problem in equal parts of its slots."""
+    mesh = AbstractMesh((parts,), (PARTS_AXIS,))
+    return divide(problem, AttentionSharding(mesh, keys=PARTS_AXIS))
 
 
 def _keys_for(problem: AttentionProblem, form: Form, query_tile: int, keys: int) -> int:

@@ -48,7 +48,8 @@ def prefill_rows(problem: AttentionProblem, ops: Operands, plan: PrefillPlan) ->
     rows = (problem.batch, problem.num_tokens, problem.num_heads)
     of_rows = (jnp.zeros(rows, jnp.float32),) * (1 if problem.normalize else 2)
     empty = (jnp.zeros((*rows, problem.value_head_dim), jnp.float32), *of_rows)
-    return lax.fori_loop(0, problem.batch * problem.num_kv_heads * tiles, attend, empty)
+    first = jnp.int32(0)  # also where JAX counts in 64 bits
+    return lax.fori_loop(first, problem.batch * problem.num_kv_heads * tiles, attend, empty)
 
 
 def _sources(ops: Operands) -> tuple[KVLayout, ...]:

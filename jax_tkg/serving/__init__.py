@@ -22,6 +22,7 @@ from jax_tkg.serving.request import (
     State,
     Ticket,
 )
+from jax_tkg.serving.speculation import SpeculationUsage
 from jax_tkg.serving.text import TextStream, TokenDecoder
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Request",
     "SamplingSettings",
     "ServingConfig",
+    "SpeculationUsage",
     "State",
     "TextStream",
     "Ticket",

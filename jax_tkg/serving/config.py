@@ -1,7 +1,10 @@
 """The sizes of an engine: what its compiled steps are compiled for, and its policies."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from jax_tkg.generation.adaptive import Adaptive
+from jax_tkg.generation.drafts import PromptLookup
 
 _LEAST = {
     "max_rows": 1,
@@ -40,9 +43,13 @@ class ServingConfig:
             there are; what was taken is never put back.
         max_eos_ids: the most ids that may end a request.
         top_log_probs: the most likely tokens whose log-probabilities a request may ask for.
+        speculate: drafts several tokens a step for every row, which the model verifies at once:
+            `PromptLookup()`, or `Adaptive(PromptLookup())` to pause where that does not pay. The
+            tokens stay the same, sampled ones too (up to rounding).
 
     Raises:
         ValueError: for sizes that are too small, or an unknown policy.
+        TypeError: for a drafter that needs more than the text of a row.
     """
 
     max_rows: int = 8
@@ -56,6 +63,7 @@ class ServingConfig:
     out_of_pages: Literal["wait", "refuse"] = "wait"
     max_eos_ids: int = 4
     top_log_probs: int = 0
+    speculate: PromptLookup | Adaptive | None = None
 
     def __post_init__(self) -> None:
         """Validates the sizes."""
@@ -72,6 +80,38 @@ class ServingConfig:
                 f"ServingConfig: a prefill_chunk of {self.prefill_chunk} tokens is more than the "
                 f"{self.capacity} that a request can have; make it smaller."
             )
+
+        drafter = self.drafter
+        if drafter is None:
+            return
+        if not isinstance(drafter, PromptLookup):
+            raise TypeError(
+                "ServingConfig: speculate must be PromptLookup() or Adaptive(PromptLookup()), "
+                "which draft from the text of a row alone; the pages of an engine hold nothing of "
+                f"a {type(drafter).__name__}. jax_tkg.generate takes any drafter."
+            )
+        if drafter.max_tokens >= self.capacity:
+            raise ValueError(
+                f"ServingConfig: {drafter.max_tokens} drafts and a token are more than the "
+                f"{self.capacity} that a request can have; draft fewer."
+            )
+
+    @property
+    def rule(self) -> Adaptive | None:
+        """When to draft."""
+        if self.speculate is None or isinstance(self.speculate, Adaptive):
+            return self.speculate
+        return Adaptive(self.speculate, break_even=1)
+
+    @property
+    def drafter(self) -> Any:
+        """What makes drafts, checked to be a `PromptLookup`, or None."""
+        return self.speculate.drafter if isinstance(self.speculate, Adaptive) else self.speculate
+
+    def most_new(self, *, drafting: bool) -> int:
+        """The most tokens that a row gets in a call of the compiled loop."""
+        each = 1 + self.drafter.max_tokens if drafting else 1
+        return self.steps_per_call * int(each)
 
     @property
     def pages(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_tkg.generation.model import DecodeModel, as_pytree
+from jax_tkg.generation.model import DecodeModel, as_pytree, scoring_pytree
 from jax_tkg.serving import programs
 from jax_tkg.serving.config import ServingConfig
 from jax_tkg.serving.pool import PagePool, PageUsage
@@ -21,8 +21,21 @@ from jax_tkg.serving.request import (
     State,
     Ticket,
 )
-from jax_tkg.serving.rows import Row, decode_arrays, first_token_arrays, prefill_arrays
+from jax_tkg.serving.rows import (
+    Row,
+    decode_arrays,
+    first_token_arrays,
+    prefill_arrays,
+    texts_array,
+)
+from jax_tkg.serving.speculation import (
+    Drafting,
+    SpeculationUsage,
+    Verified,
+    decode_speculatively,
+)
 from jax_tkg.serving.text import TextStream, TokenDecoder
+from jax_tkg.sharding.spec import AttentionSharding
 
 
 class Engine:
@@ -39,26 +52,32 @@ class Engine:
         *,
         decoder: Callable[[], TokenDecoder] | None = None,
         cache_options: Mapping[str, Any] | None = None,
+        sharding: AttentionSharding | None = None,
     ) -> None:
         """Makes the pages; compiles nothing yet (see `warm_up`).
 
         Args:
             model: a `flax.nnx.Module` or a pytree of weights, with the methods of
-                `jax_tkg.generation.DecodeModel`; its caches a pytree of `KVCache`s.
+                `jax_tkg.generation.DecodeModel`, or of `ScoringModel` to speculate; its caches a
+                pytree of `KVCache`s.
             config: sizes and policies.
             decoder: makes a decoder of ids to text for each request, such as `Tokenizer.stream`.
                 Without one there is no text, and no stop strings.
             cache_options: keywords of the model's `init_caches`, such as `dtype`.
+            sharding: mesh axes that split the heads: each device has its KV heads of every page,
+                where they divide. The weights lie where the model has them (`shard_decoder`).
 
         Raises:
             TypeError: for a model that cannot be served.
-            ValueError: as the model's `init_caches`, asked for `config.capacity` tokens.
+            ValueError: as the model's `init_caches`, asked for `config.capacity` tokens; for a
+                sharding of rows or slots, or of heads that the mesh does not divide.
         """
         self.config = config
-        self._model = as_pytree(model)
-        self._pools = programs.make_pools(self._model, config, dict(cache_options or {}))
+        self._model: Any = as_pytree(model) if config.rule is None else scoring_pytree(model)
+        self._pools = programs.make_pools(self._model, config, cache_options or {}, sharding)
         self._pool = PagePool(config.pages, config.page_len)
         self._decoder = decoder
+        self._drafting = Drafting(config.rule)
         self._waiting: list[Ticket] = []  # the oldest first
         self._rows: dict[int, Row] = {}  # by slot
         self._promised = 0
@@ -70,6 +89,8 @@ class Engine:
         self._first_tokens([], logits)
         for sampled in (False, True):
             self._decode_call(decode_arrays([], self.config, sampled=sampled))
+            if self.config.rule is not None:
+                self._speculative_call([], sampled=sampled)
 
     def submit(self, request: Request) -> Ticket:
         """Puts a request into the queue.
@@ -114,7 +135,7 @@ class Engine:
         """Lets waiting requests in, computes one round, and returns what came of it.
 
         A round is up to `prefill_calls` calls that take in prompts, and one that decodes
-        `steps_per_call` tokens of every running request.
+        `steps_per_call` steps of every running request.
         """
         events: list[Event] = []
         self._admit()
@@ -124,7 +145,10 @@ class Engine:
                 break
             events += self._prefill(rows)
         if rows := self._with_pages():
-            events += self._decode(rows)
+            if self._drafts_for(rows):
+                events += self._decode_speculatively(rows)
+            else:
+                events += self._decode(rows)
         return events
 
     def stream(self, ticket: Ticket) -> Iterator[Event]:
@@ -163,6 +187,11 @@ class Engine:
     def usage(self) -> PageUsage:
         """Pages by state."""
         return self._pool.usage()
+
+    @property
+    def speculation(self) -> SpeculationUsage:
+        """What became of drafts so far, and whether the next call will draft."""
+        return self._drafting.usage
 
     def forget_cached(self) -> None:
         """Frees the pages that no request uses: later requests compute their prompts anew."""
@@ -235,6 +264,19 @@ class Engine:
                 self._put_back(max(self._rows.values(), key=lambda r: r.ticket.number))
         return self._by_age(State.DECODING)
 
+    def _drafts_for(self, rows: Sequence[Row]) -> bool:
+        """Whether to draft now: if it pays, and there are pages for what may be accepted.
+
+        Nobody has to go for want of those.
+        """
+        if not self._drafting.wanted:
+            return False
+        if all(row.pages.reserve(row.room(self.config, drafting=True)) for row in rows):
+            return True
+        for row in rows:
+            row.pages.keep(row.room(self.config))
+        return False
+
     def _put_back(self, row: Row) -> None:
         """Preempts a row: what it has computed is forgotten, its tokens are not."""
         self._leave(row)
@@ -277,6 +319,18 @@ class Engine:
         for row in rows:
             steps = range(made[row.slot])
             events += self._receive(row, [chosen.at(step, row.slot) for step in steps])
+        self._drafting.decoded(made)
+        return events
+
+    def _decode_speculatively(self, rows: Sequence[Row]) -> list[Event]:
+        verified = self._speculative_call(rows)
+        self._drafting.verified(verified.counts, verified.drafted)
+        events: list[Event] = []
+        for row in rows:
+            slot, counts = row.slot, verified.counts[:, row.slot]
+            places = [(step, slot, i) for step, count in enumerate(counts) for i in range(count)]
+            events += self._receive(row, [verified.chosen.at(*place) for place in places])
+            row.pages.keep(row.cached)  # nothing is there of one that has left
         return events
 
     def _receive(self, row: Row, tokens: Sequence[ChosenToken]) -> list[Event]:
@@ -315,3 +369,15 @@ class Engine:
             top=self.config.top_log_probs,
         )
         return jax.device_get((chosen, made))
+
+    def _speculative_call(self, rows: Sequence[Row], *, sampled: bool | None = None) -> Verified:
+        verified, self._pools = decode_speculatively(
+            self._model,
+            self._pools,
+            decode_arrays(rows, self.config, sampled=sampled, drafting=True),
+            texts_array(rows, self.config),
+            drafter=self.config.drafter,
+            num_steps=self.config.steps_per_call,
+            top=self.config.top_log_probs,
+        )
+        return jax.device_get(verified)

@@ -149,6 +149,13 @@ class RowPages:
         self.pages += more
         return True
 
+    def keep(self, tokens: int) -> None:
+        """Gives back the pages behind those that so many tokens need."""
+        needed = -(-tokens // self._pool.page_len)
+        for page in reversed(self.pages[needed:]):
+            self._pool.give_back(page)
+        del self.pages[needed:]
+
     def written(self, tokens: Sequence[int], count: int) -> None:
         """Lets others share the pages that are full now.
 

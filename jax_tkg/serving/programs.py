@@ -5,19 +5,22 @@ lives on the device. Shapes never change, whoever joins and leaves, so each is c
 is compiled runs on Neuron as well, as in `jax_tkg.generation.loop`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_tkg._typing import Array, Float, Int, Leaf
-from jax_tkg.cache.kv_cache import KVCache, RingKVCache
+from jax_tkg.cache.kv_cache import KVCache, RingKVCache, register_cache
 from jax_tkg.cache.layouts import DenseLayout
 from jax_tkg.cache.paged import Paged
+from jax_tkg.cache.paged_cache import PagedKVCache
+from jax_tkg.cache.sharded import Maker
+from jax_tkg.cache.writing import Writer
 from jax_tkg.generation.model import DecodeModel
 from jax_tkg.sampling import (
     RowSelection,
@@ -26,6 +29,7 @@ from jax_tkg.sampling import (
     most_likely_tokens,
 )
 from jax_tkg.serving.config import ServingConfig
+from jax_tkg.sharding.spec import AttentionSharding
 
 ChosenToken = tuple[int, float, list[tuple[int, float]]]
 """An id, its log-probability, and the most likely ids with theirs."""
@@ -76,7 +80,8 @@ class DecodeRows:
         eos_ids: int32 `[B, E]`, tokens that end the row, padded with -1.
         selection: the rule of each row, or None when all are greedy: that is a program of its own,
             which does not pay for filters and random numbers.
-        words: uint32 `[steps, B, 4]`, the random state of each token; None with `selection`.
+        words: uint32 `[n, B, 4]`, the random states of the next n tokens, as many as a call can
+            give a row; None with `selection`.
     """
 
     table: Any
@@ -88,26 +93,63 @@ class DecodeRows:
     words: Any
 
 
-def make_pools(model: DecodeModel, config: ServingConfig, options: dict[str, Any]) -> Any:
+@register_cache
+@dataclass(frozen=True)
+class PooledKVCache(PagedKVCache):
+    """Pages that the host hands out: what is appended lies in pages that the table names already.
+
+    To take tokens back is to count fewer. On a mesh its heads are split.
+    """
+
+    def _append(self, key: Array, value: Array, counts: Array, tried: tuple[Writer, ...]) -> Self:
+        return KVCache._append(self, key, value, counts, tried)
+
+    def _truncate(self, lengths: Array) -> Self:
+        return KVCache._truncate(self, lengths)
+
+
+def make_pools(
+    model: DecodeModel,
+    config: ServingConfig,
+    options: Mapping[str, Any],
+    sharding: AttentionSharding | None = None,
+) -> Any:
     """The model's caches with pages in place of rows: one pool for each, one table for all.
 
     Args:
         model: its `init_caches` says what a cache is like, of one row of the most tokens.
         config: sizes.
         options: keywords of `init_caches`.
+        sharding: how the KV heads of the pools are split on a mesh.
 
     Returns:
         The pytree that `init_caches` makes, its `KVCache`s paged and without table and lengths.
 
     Raises:
         TypeError: if there is anything else in it than `KVCache`s of a dense layout.
-        ValueError: as `init_caches`, such as for more tokens than the model has positions.
+        ValueError: as `init_caches`, such as for more tokens than the model has positions; for a
+            sharding that splits more than heads, or heads that it does not divide.
     """
+    _check_sharding(options, sharding)
     row = model.init_caches(1, config.capacity, **options)
-    return _map_caches(partial(_pool_like, config=config), row)
+    return _map_caches(partial(_pool_like, config=config, sharding=sharding), row)
 
 
-def _pool_like(cache: Any, config: ServingConfig) -> KVCache:
+def _check_sharding(options: Mapping[str, Any], sharding: AttentionSharding | None) -> None:
+    if options.get("sharding") is not None:
+        raise ValueError(
+            "cache_options has a sharding, but the pages belong to the engine: give it as "
+            "Engine(..., sharding=)."
+        )
+    if sharding is not None and (sharding.names("batch") or sharding.names("keys")):
+        raise ValueError(
+            f"the pages of an engine can be split by heads, and this sharding has {sharding}: any "
+            "row may use any page, so a device needs the heads that it has of all of them. Name "
+            "these axes as heads=, or run an engine on each part of the mesh."
+        )
+
+
+def _pool_like(cache: Any, config: ServingConfig, sharding: AttentionSharding | None) -> KVCache:
     plain = isinstance(cache, KVCache) and not isinstance(cache, RingKVCache)
     if not plain or not isinstance(cache.kv, DenseLayout):
         kind = type(cache.kv if plain else cache).__name__
@@ -116,16 +158,17 @@ def _pool_like(cache: Any, config: ServingConfig) -> KVCache:
             "without rings: leave layout and ring_chunk out of cache_options."
         )
     kv, shape = cache.kv, cache.kv.shape
-    size = (config.pages, shape.num_kv_heads, config.page_len)
+    new = Maker(sharding, batch=config.max_rows, num_kv_heads=shape.num_kv_heads)
+    sizes = {"P": config.pages, "K": shape.num_kv_heads, "L": config.page_len}
     pages = Paged(
-        key=jnp.zeros((*size, shape.head_dim), kv.key.dtype),
-        value=jnp.zeros((*size, shape.value_head_dim), kv.value.dtype),
-        k_scale=kv.k_scale,
-        v_scale=kv.v_scale,
+        key=new.full("PKLH", sizes | {"H": shape.head_dim}, 0, kv.key.dtype),
+        value=new.full("PKLH", sizes | {"H": shape.value_head_dim}, 0, kv.value.dtype),
+        k_scale=new.placed("1K", kv.k_scale),
+        v_scale=new.placed("1K", kv.v_scale),
         dtype=kv.dtype,
         page_indices=None,  # type: ignore[arg-type]
     )
-    return _unbound(replace(cache, kv=pages))
+    return _unbound(PooledKVCache(pages, cache.lengths, cache.starts, sharding))
 
 
 def bound(pools: Any, table: Array, lengths: Array) -> Any:
@@ -139,7 +182,8 @@ def bound(pools: Any, table: Array, lengths: Array) -> Any:
     return _map_caches(bind, pools)
 
 
-def _without_rows(caches: Any) -> Any:
+def without_rows(caches: Any) -> Any:
+    """The inverse of `bound`."""
     return _map_caches(_unbound, caches)
 
 
@@ -175,7 +219,7 @@ def prefill(
         Logits `[R, V]` after the last real token of each row, and the pools.
     """
     logits, caches = model.next_token_logits(tokens, bound(pools, table, lengths), counts)
-    return logits, _without_rows(caches)
+    return logits, without_rows(caches)
 
 
 @partial(jax.jit, static_argnames="top")
@@ -183,7 +227,7 @@ def first_tokens(
     logits: Float[Array, "R V"], selection: RowSelection, words: Any, *, top: int
 ) -> Chosen:
     """The tokens that follow the prompts; `words` is uint32 `[R, 4]`, the rest as in `decode`."""
-    return _choose(logits, selection, words, top)
+    return choose(logits, selection, words, top)
 
 
 @partial(jax.jit, static_argnames=("num_steps", "top"), donate_argnames="pools")
@@ -213,7 +257,7 @@ def decode(
         alive = (made == index) & (index < rows.budget)
         alive &= ~jnp.any(newest[:, None] == rows.eos_ids, axis=1)
         logits, caches = model.next_token_logits(newest[:, None], caches, alive.astype(jnp.int32))
-        chosen = _choose(logits, rows.selection, words, top)
+        chosen = choose(logits, rows.selection, words, top)
         newest = jnp.where(alive, chosen.tokens, newest)
         return (caches, newest, made + alive.astype(jnp.int32)), chosen
 
@@ -221,12 +265,13 @@ def decode(
     start = (caches, rows.tokens, jnp.zeros_like(rows.lengths))
     steps = jnp.arange(num_steps, dtype=jnp.int32)
     (caches, _, made), chosen = lax.scan(step, start, (steps, rows.words), length=num_steps)
-    return chosen, made, _without_rows(caches)
+    return chosen, made, without_rows(caches)
 
 
-def _choose(
+def choose(
     logits: Float[Array, "B V"], selection: RowSelection | None, words: Any, top: int
 ) -> Chosen:
+    """A token for each row of logits, and what was asked for about it; arguments as above."""
     tokens = argmax_tokens(logits) if selection is None else selection(logits, words)
     top_tokens = most_likely_tokens(logits, top)
     asked = jnp.concatenate([tokens[:, None], top_tokens], axis=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_tkg.generation.prompts import LAST_ID
 from jax_tkg.sampling import Greedy, Sample
 from jax_tkg.serving.text import TextStream
 
@@ -59,7 +60,8 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Validates the settings."""
-        Sample(self.temperature or 1.0, self.top_k, self.top_p, self.min_p)
+        positive = 1.0 if self.temperature == 0 else self.temperature
+        Sample(positive, self.top_k, self.top_p, self.min_p)
         if operator.index(self.seed) < 0:
             raise ValueError(f"SamplingSettings: seed must not be negative, got {self.seed}.")
 
@@ -110,12 +112,15 @@ class Request:
         """Validates, and makes tuples of what may be changed from outside."""
         if isinstance(self.prompt, str):
             raise TypeError("prompt must be token ids; encode the text first.")
-        object.__setattr__(self, "prompt", tuple(operator.index(i) for i in self.prompt))
-        object.__setattr__(self, "eos_ids", tuple(operator.index(i) for i in self.eos_ids))
+        for name in ("prompt", "eos_ids"):
+            ids = tuple(operator.index(i) for i in getattr(self, name))
+            if any(not 0 <= i <= LAST_ID for i in ids):
+                raise ValueError(f"{name} must be token ids from 0 to 2^31 - 1; got {ids}.")
+            object.__setattr__(self, name, ids)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        if not self.prompt or min(self.prompt) < 0:
-            raise ValueError("prompt must have at least one token id, and none below 0.")
+        if not self.prompt:
+            raise ValueError("prompt must have at least one token id.")
         if operator.index(self.max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not all(self.stop):
@@ -210,9 +215,9 @@ class Ticket:
     ) -> FinishReason | None:
         """For the engine: one more token, and whether it is the last."""
         request, text, piece = self.request, self._text, ""
-        self.tokens.append(token)
         if text is not None and token not in request.eos_ids:
-            piece = text.push(token)
+            piece = text.push(token)  # of the user; if it raises, nothing has been added
+        self.tokens.append(token)
         reason = None
         if token in request.eos_ids:
             reason = FinishReason.EOS

@@ -1,7 +1,7 @@
 """Requests in rows, and the arrays of a call made from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Row:
     tokens: list[int]
     pages: RowPages
     cached: int
+    _words: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def enter(cls, slot: int, ticket: Ticket, pool: PagePool) -> "Row":
@@ -44,14 +45,26 @@ class Row:
         """Whether the newest token is not in the pages yet; before, its prompt gives one more."""
         return self.ticket.state is State.DECODING
 
-    def budget(self, config: ServingConfig) -> int:
+    def budget(self, config: ServingConfig, *, drafting: bool = False) -> int:
         """The most tokens it may get from its next decode call."""
         made = len(self.ticket.tokens) + (not self._has_newest)
-        return min(config.steps_per_call, self.ticket.request.max_new_tokens - made)
+        most = config.most_new(drafting=drafting)
+        return min(most, self.ticket.request.max_new_tokens - made)
 
-    def room(self, config: ServingConfig) -> int:
+    def room(self, config: ServingConfig, *, drafting: bool = False) -> int:
         """Tokens that are in its pages after that call."""
-        return len(self.tokens) - self._has_newest + self.budget(config)
+        return len(self.tokens) - self._has_newest + self.budget(config, drafting=drafting)
+
+    def random_words(self, count: int) -> list[np.ndarray]:
+        """The random states of its next tokens.
+
+        Each is a hash, and is kept until its token is there: drafts that were rejected left theirs
+        unused.
+        """
+        sampling, made = self.ticket.request.sampling, len(self.ticket.tokens)
+        known, indices = self._words, range(made, made + count)
+        self._words = {i: known[i] if i in known else sampling.random_words(i) for i in indices}
+        return list(self._words.values())
 
 
 def prefill_arrays(rows: Sequence[Row], config: ServingConfig) -> dict[str, np.ndarray]:
@@ -73,11 +86,15 @@ def first_token_arrays(
     """`selection` and `words` of `programs.first_tokens` for the rows of `prefill_arrays`."""
     by_index = dict(enumerate(rows))
     selection = _selection(by_index, config.prefill_rows)
-    return selection, _words(by_index, config.prefill_rows, num_steps=1)[0]
+    return selection, _words(by_index, config.prefill_rows, count=1)[0]
 
 
 def decode_arrays(
-    rows: Sequence[Row], config: ServingConfig, *, sampled: bool | None = None
+    rows: Sequence[Row],
+    config: ServingConfig,
+    *,
+    sampled: bool | None = None,
+    drafting: bool = False,
 ) -> DecodeRows:
     """The arrays of `programs.decode` for rows that have pages for it.
 
@@ -85,13 +102,14 @@ def decode_arrays(
         rows: what is decoded.
         config: sizes.
         sampled: whether to use the program for rows that are not all greedy; by default if so.
+        drafting: whether they are for `speculation.decode_speculatively`.
     """
     size, by_slot = config.max_rows, {row.slot: row for row in rows}
     lengths, tokens, budget = (np.zeros(size, np.int32) for _ in range(3))
     eos_ids = np.full((size, config.max_eos_ids), -1, np.int32)
     for slot, row in by_slot.items():
         lengths[slot], tokens[slot] = row.cached, row.tokens[-1]
-        budget[slot] = row.budget(config)
+        budget[slot] = row.budget(config, drafting=drafting)
         ids = list(row.ticket.request.eos_ids)
         eos_ids[slot, : len(ids)] = ids
     if sampled is None:
@@ -103,8 +121,16 @@ def decode_arrays(
         budget=budget,
         eos_ids=eos_ids,
         selection=_selection(by_slot, size) if sampled else None,
-        words=_words(by_slot, size, config.steps_per_call) if sampled else None,
+        words=_words(by_slot, size, config.most_new(drafting=drafting)) if sampled else None,
     )
+
+
+def texts_array(rows: Sequence[Row], config: ServingConfig) -> np.ndarray:
+    """All tokens of each row so far, int32 `[max_rows, capacity + 1]`."""
+    texts = np.zeros((config.max_rows, config.capacity + 1), np.int32)
+    for row in rows:
+        texts[row.slot, : len(row.tokens)] = row.tokens
+    return texts
 
 
 def _table(rows: Mapping[int, Row], size: int, config: ServingConfig) -> np.ndarray:
@@ -119,11 +145,10 @@ def _selection(rows: Mapping[int, Row], size: int) -> RowSelection:
     return RowSelection.of([s.selector for s in settings])
 
 
-def _words(rows: Mapping[int, Row], size: int, num_steps: int) -> np.ndarray:
-    """The random state of the next tokens of each row, uint32 `[num_steps, size, 4]`."""
-    words = np.zeros((num_steps, size, 4), np.uint32)
+def _words(rows: Mapping[int, Row], size: int, count: int) -> np.ndarray:
+    """The random states of the next tokens of each row, uint32 `[count, size, 4]`."""
+    words = np.zeros((count, size, 4), np.uint32)
     for i, row in rows.items():
-        sampling, made = row.ticket.request.sampling, len(row.ticket.tokens)
-        if sampling.temperature > 0:
-            words[:, i] = [sampling.random_words(made + step) for step in range(num_steps)]
+        if row.ticket.request.sampling.temperature > 0:
+            words[:, i] = row.random_words(count)
     return words

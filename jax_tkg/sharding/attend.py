@@ -16,12 +16,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jax_tkg import _compat
+from jax_tkg import _compat, rotation
 from jax_tkg._typing import Array
 from jax_tkg.implementations import Implementation
-from jax_tkg.online.backward import attention_backward
 from jax_tkg.operands import Operands
-from jax_tkg.primitive import bind
+from jax_tkg.primitive import bind, result_names
 from jax_tkg.sharding.division import Division
 from jax_tkg.sharding.merge import merge_parts
 from jax_tkg.sharding.operands import (
@@ -67,13 +66,13 @@ def _varying_shard(division: Division, ops: Operands) -> Operands:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(division: Division, tried: Tried, ops: Operands) -> tuple[Array, ...]:
     if division.is_mapped:
-        return _attend_to_shard(division, tried, make_shards(division, ops))
+        return attend_to_shard(division, tried, make_shards(division, ops))
     leaves, tree = jax.tree.flatten(ops)
     return tuple(_forward_on_mesh(leaves, tree=tree, division=division, tried=tried))
 
 
 def _attend_forward(division: Division, tried: Tried, ops: Operands) -> Any:
-    names = ("out", "lse") if division.whole.normalize else ("out", "max", "sum")
+    names = result_names(division.whole)
     found = _attend(division, tried, ops)
     op = division.whole.op
     found = tuple(checkpoint_name(x, f"{op}_{n}") for x, n in zip(found, names, strict=True))
@@ -95,7 +94,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 # --- on a device
 
 
-def _attend_to_shard(division: Division, tried: Tried, shards: Shards) -> tuple[Array, ...]:
+def attend_to_shard(division: Division, tried: Tried, shards: Shards) -> tuple[Array, ...]:
+    """What a device has of the results; called inside the mesh axes of the division."""
     ops = localise(division, shards)
     if not division.key_parts:
         return bind(division.local, tried, _varying(ops))
@@ -111,7 +111,7 @@ def _backward_on_shard(division: Division, ops: Operands, results: Any, cotangen
         cotangents = lax.psum(cotangents, axes)
     ops, results, cotangents = _varying((ops, results, cotangents))
     ops = count_sinks_once(division, localise(division, make_shards(division, ops)))
-    found = attention_backward(division.differentiated, ops, results, cotangents)
+    found = rotation.backward(division.differentiated, ops, results, cotangents)
     if found.sinks is not None and axes and is_typed:  # the merge had them as they were
         found = replace(found, sinks=lax.psum(found.sinks, axes))
     return found
@@ -126,14 +126,14 @@ def _forward_on_mesh(leaves: list[Array], *, tree: Any, division: Division, trie
     shards, of_shards = jax.tree.flatten(typed_shards(division, make_shards(division, ops)))
 
     def on_device(*shards: Array) -> tuple[Array, ...]:
-        return _attend_to_shard(division, tried, jax.tree.unflatten(of_shards, shards))
+        return attend_to_shard(division, tried, jax.tree.unflatten(of_shards, shards))
 
     specs = shard_specs(division, jax.tree.unflatten(of_shards, shards))
     mapped = _mapped(
         division,
         on_device,
         _flat(of_shards, specs),
-        _result_specs(division),
+        result_specs(division),
         check_vma=not division.local.exchange,  # an implementation is traced without these types
     )
     return mapped(*shards)
@@ -160,12 +160,12 @@ def _backward_on_mesh(leaves: list[Array], *, tree: Any, division: Division) -> 
 
         wide = [_wide(own, shards[i]) for i in floats]
         _, pull = jax.vjp(lambda given: _floats(local(given)), wide)
-        found = attention_backward(division.differentiated, local(wide), results, cotangents)
+        found = rotation.backward(division.differentiated, local(wide), results, cotangents)
         (summed,) = pull(_floats(found))
         summed = _sum_shared(division, summed, [specs[i] for i in floats])
         return [x.astype(dtype) for x, dtype in zip(summed, dtypes, strict=True)]
 
-    of_results = _result_specs(division)
+    of_results = result_specs(division)
     mapped = _mapped(
         division, on_device, (specs, of_results, of_results), [specs[i] for i in floats]
     )
@@ -214,9 +214,12 @@ def _varying(tree: Any) -> Any:
     return jax.tree.unflatten(of_tree, _compat.agree_on_varying_axes(leaves))
 
 
-def _result_specs(division: Division) -> tuple[PartitionSpec, ...]:
+def result_specs(division: Division) -> tuple[PartitionSpec, ...]:
+    """How the results are split."""
     of_rows = division.sharding.spec("BTN")
-    return division.sharding.spec("BTNH"), *(of_rows,) * (1 if division.whole.normalize else 2)
+    keys = () if division.whole.rope is None else (division.sharding.spec("BTKH"),)
+    found = division.sharding.spec("BTNH"), *(of_rows,) * (1 if division.whole.normalize else 2)
+    return (*found, *keys)
 
 
 def _mapped(

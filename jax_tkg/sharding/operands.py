@@ -31,6 +31,7 @@ _LETTERS = {
     "key_bounds": "BTx",
     "alibi_slopes": "BN",
     "new_seen": "B",
+    "rotary_positions": "BT",
 }
 
 
@@ -50,8 +51,14 @@ class Shards(NamedTuple):
 
 def make_shards(division: Division, ops: Operands) -> Shards:
     """Takes apart what is split differently."""
-    slots = division.whole.kv_len
-    if not division.key_parts or ops.new_key is None or division.is_mapped:
+    if not division.key_parts or division.is_mapped:
+        return Shards(ops, None, None)
+    return take_apart(division.whole.kv_len, ops)
+
+
+def take_apart(slots: int, ops: Operands) -> Shards:
+    """The mask and bias of the new keys apart from those of the cached ones."""
+    if ops.new_key is None:
         return Shards(ops, None, None)
     (mask, new_mask), (bias, new_bias) = (
         (None, None) if x is None else (x[..., :slots], x[..., slots:])
@@ -73,9 +80,13 @@ def whole_bias(division: Division, shards: Shards) -> Array | None:
 
 def shard_specs(division: Division, shards: Shards) -> Shards:
     """How each array is split; None where there is none."""
+    return jax.tree.map(partial(_spec, division), shards, letters_of(shards))
+
+
+def letters_of(shards: Shards) -> Any:
+    """The letters of its axes in the place of each array."""
     beside = (None if x is None else "BNTT" for x in (shards.mask, shards.bias))
-    letters: Any = Shards(_letters(shards.ops), *beside)  # type: ignore[arg-type]
-    return jax.tree.map(partial(_spec, division), shards, letters)
+    return Shards(_letters(shards.ops), *beside)  # type: ignore[arg-type]
 
 
 def _spec(division: Division, array: Any, axes: str) -> PartitionSpec:
@@ -122,7 +133,7 @@ def check_pages(division: Division, kv: KVLayout) -> None:
 
 def localise(division: Division, shards: Shards) -> Operands:
     """The operands of a device's problem, from its part of each; inside the mapped axes."""
-    ops, beside = shards.ops, shards[1:]
+    ops = _joined(shards)
     if division.slices_kv_heads:
         ops = _own_kv_head(division, ops)
     if isinstance(ops.kv, Paged):
@@ -131,13 +142,19 @@ def localise(division: Division, shards: Shards) -> Operands:
         return ops
     part = lax.axis_index(division.key_parts)
     if ops.new_key is not None:
-        mask, bias = (
-            x if new is None or x is None else jnp.concatenate([x, new], axis=-1)
-            for x, new in zip((ops.mask, ops.bias), beside, strict=True)
-        )
         counted = jnp.broadcast_to(part == 0, ops.query.shape[:1])
-        ops = replace(ops, mask=mask, bias=bias, new_seen=counted)
+        ops = replace(ops, new_seen=counted)
     return _from_own_slot(division, ops, part) if division.counts_from_own_slot else ops
+
+
+def _joined(shards: Shards) -> Operands:
+    """The operands with what was taken apart in one piece."""
+    ops = shards.ops
+    mask, bias = (
+        x if new is None or x is None else jnp.concatenate([x, new], axis=-1)
+        for x, new in zip((ops.mask, ops.bias), shards[1:], strict=True)
+    )
+    return replace(ops, mask=mask, bias=bias)
 
 
 def count_sinks_once(division: Division, ops: Operands) -> Operands:

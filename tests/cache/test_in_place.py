@@ -13,6 +13,7 @@ import pytest
 import jax_tkg
 from jax_tkg import KVCache, PagedKVCache, RingKVCache
 from tests.cache.model import DTYPES
+from tests.compiling import AS_USERS
 from tests.hlo import cache_copies
 
 BATCH, CAPACITY, HEADS, WIDTH, PAGE_LEN = 2, 1 << 15, 2, 64, 64
@@ -36,7 +37,8 @@ def new(count: int, heads: int = HEADS) -> jax.ShapeDtypeStruct:
 
 
 def compiled(function: Any, cache: KVCache, *args: Any, donated: bool = True) -> Any:
-    return jax.jit(function, donate_argnums=0 if donated else ()).lower(cache, *args).compile()
+    jitted = jax.jit(function, donate_argnums=0 if donated else ())
+    return jitted.lower(cache, *args).compile(AS_USERS)
 
 
 def append(cache: KVCache, key: jax.Array) -> KVCache:
@@ -89,5 +91,7 @@ def test_without_donation_it_copies(kind: str) -> None:
 def test_attention_over_native_narrow_floats_makes_no_wide_copy(kind: str, dtype: Any) -> None:
     """Arrays of the users' own are not kept as bits; XLA:CPU likes to convert them as a whole."""
     cache = abstract(kind, dtype, as_bits=False)
-    program = jax.jit(jax_tkg.attention_tkg).lower(new(1), cache).compile()
+    program = compiled(
+        lambda cache, query: jax_tkg.attention_tkg(query, cache), cache, new(1), donated=False
+    )
     assert program.memory_analysis().temp_size_in_bytes < 1 << 20

@@ -236,8 +236,32 @@ class TestErrors:
             empty("BKSH", jnp.bfloat16, k_scale=1.0)
         with pytest.raises(ValueError, match=r"v_scale must be a number or one per KV head \(2,\)"):
             empty("BKSH", np.int8, v_scale=np.ones(3))
-        with pytest.raises(ValueError, match=r"must be at least 1; got 4, 0 and 2"):
+        with pytest.raises(ValueError, match=r"k_scale must be positive and finite; got 0\.0"):
+            empty("BKSH", np.int8, k_scale=0.0)
+        with pytest.raises(ValueError, match=r"page_len must be .* at least 1; got 0"):
             PagedKVCache.create(1, 4, 0, 2, 1, 8)
+        with pytest.raises(ValueError, match=r"capacity must be .* at least 1; got 0"):
+            KVCache.create(1, 0, 1, 8)
+        with pytest.raises(ValueError, match=r"layout must be BSKH, BKSH, BKHS, or the class"):
+            KVCache.create(1, 8, 1, 8, layout=3)  # type: ignore[arg-type]
+
+    def test_of_what_is_given_for_each_row(self) -> None:
+        cache = empty("BKSH")
+        key, value = map(jnp.asarray, some_calls()[0][:2])
+        with pytest.raises(
+            ValueError, match=r"rows must be booleans of shape \(3,\).* int32 \(1,\)"
+        ):
+            cache.reset(np.array([1], np.int32))
+        with pytest.raises(ValueError, match=r"lengths must be integers of shape \(3,\).* \(2,\)"):
+            cache.prefill(key, value, jnp.array([1, 2]))
+        with pytest.raises(ValueError, match=r"starts must be integers of shape \(3,\).* float32"):
+            cache.prefill(key, value, None, jnp.ones(3))
+        with pytest.raises(ValueError, match=r"lengths must be integers of shape \(3,\).* \(\)"):
+            cache.truncate(jnp.int32(1))
+        with pytest.raises(ValueError, match=r"key must be of real numbers; got bool"):
+            cache.append(key > 0, value)
+        got = cache.prefill(key, value, np.array([1, 2, 0]), np.array([-4, 1, 0])).starts
+        assert got.tolist() == [0, 1, 0]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_of_append(self, layout: str) -> None:

@@ -284,6 +284,17 @@ def test_fork_refuses_what_is_no_row(row: int) -> None:
         cache.fork(0, row)
 
 
+@pytest.mark.usefixtures("no_shape_checks")
+def test_fork_refuses_what_are_no_rows() -> None:
+    cache = empty()
+    with pytest.raises(ValueError, match=r"source must be a row number, .*; got 0\.7"):
+        cache.fork(0.7, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target must be a row of this cache"):
+        cache.fork(np.arange(2), np.array([1, BATCH]))
+    with pytest.raises(ValueError, match=r"as many sources as targets; got 1 and 2"):
+        cache.fork(0, jnp.arange(2))
+
+
 def test_everything_runs_on_neuron() -> None:
     cache, rows = empty(), jnp.arange(BATCH)
     calls: list[tuple[Any, tuple[Any, ...]]] = [

@@ -18,6 +18,7 @@ from jax_tkg import KVCache, PagedKVCache, RingKVCache
 from jax_tkg.cache import sharded
 from jax_tkg.sharding import AttentionSharding
 from tests.calls import QUICKLY, assert_close, quickly
+from tests.compiling import AS_USERS
 from tests.hlo import cache_copies, operations_of_size
 
 P = PartitionSpec
@@ -230,7 +231,7 @@ def append(cache: KVCache, key: jax.Array) -> KVCache:
 def test_a_donated_step_is_in_place_and_append_needs_nobody(kind: str) -> None:
     cache = abstract(kind)
     new = jax.ShapeDtypeStruct((BATCH, 1, 2, 64), jnp.float32)
-    program = jax.jit(append, donate_argnums=0).lower(cache, new).compile()
+    program = jax.jit(append, donate_argnums=0).lower(cache, new).compile(AS_USERS)
     assert not re.search(COLLECTIVES, program.as_text())
     assert cache_copies(program, shard_of(cache)) == []
 
@@ -239,7 +240,7 @@ def test_a_donated_step_is_in_place_and_append_needs_nobody(kind: str) -> None:
         return cache, jax_tkg.attention_tkg(query, cache)
 
     query = jax.ShapeDtypeStruct((BATCH, 1, 4, 64), jnp.float32)
-    program = jax.jit(step, donate_argnums=0).lower(cache, new, query).compile()
+    program = jax.jit(step, donate_argnums=0).lower(cache, new, query).compile(AS_USERS)
     assert cache_copies(program, shard_of(cache)) == []
     assert "all-gather" not in program.as_text()
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", program.as_text())
@@ -258,7 +259,7 @@ def test_without_its_sharding_it_would_be_gathered() -> None:
 def test_no_device_makes_more_than_its_shard() -> None:
     sharding = whole_mesh().named("BKSH")
     shape = (4, 2, 64, 8)
-    text = sharded._full.lower(shape, 0, np.dtype(np.float32), sharding).compile().as_text()
+    text = sharded._full.lower(shape, 0, np.dtype(np.float32), sharding).compile(AS_USERS).as_text()
     assert operations_of_size(text, 4 * 2 * 64)
     assert not operations_of_size(text, 4 * 2 * 64 + 1)
 

@@ -104,3 +104,8 @@ def test_absmax_scale_of_nothing_divides(dtype: np.dtype) -> None:
     zeros = jnp.zeros((1, 2, 3, 4))
     scale = absmax_scale(zeros, dtype)
     np.testing.assert_array_equal(zeros / scale[:, None], 0)
+
+
+def test_only_8_bit_types_have_scales() -> None:
+    with pytest.raises(ValueError, match=r"scales are for int8 and 8-bit floats; got float32"):
+        absmax_scale(jnp.ones((1, 1, 1, 1)), np.dtype(np.float32))

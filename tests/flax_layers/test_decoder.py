@@ -13,6 +13,7 @@ from flax import nnx
 from jax_tkg import KVCache, RingKVCache, RotaryEmbedding
 from jax_tkg.flax_layers import AttentionConfig, DecoderConfig, LlamaDecoder
 from jax_tkg.flax_layers.functional import float32_dot_general
+from tests.compiling import AS_USERS
 from tests.flax_layers import dense
 from tests.hlo import cache_copies
 
@@ -196,7 +197,7 @@ def test_decode_step_copies_neither_caches_nor_weights(batch, dtype):
 
     caches = decoder.init_caches(batch, 8192, dtype=dtype)
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    compiled = jax.jit(step, donate_argnums=2).lower(state, tokens, caches).compile()
+    compiled = jax.jit(step, donate_argnums=2).lower(state, tokens, caches).compile(AS_USERS)
     assert set(cache_copies(compiled, caches)) <= {"convert"}  # in a fusion: of single elements
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(c.kv.key.nbytes + c.kv.value.nbytes for c in caches)

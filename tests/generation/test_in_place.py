@@ -21,6 +21,7 @@ from jax_tkg.generation import (
     prefill_chunk,
 )
 from jax_tkg.generation.prompts import pad_prompts
+from tests.compiling import AS_USERS
 from tests.generation.tiny_model import HEAD_DIM, KV_HEADS, VOCAB, TinyModel
 from tests.hlo import cache_copies
 
@@ -38,21 +39,21 @@ def start(**cache_options: Any) -> tuple[TinyModel, DecodeState]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_decode_loop_copies_no_cache(dtype: str) -> None:
     model, state = start(dtype=dtype)
-    compiled = decode.lower(model, state, policy=POLICY, num_steps=3).compile()
+    compiled = decode.lower(model, state, policy=POLICY, num_steps=3).compile(AS_USERS)
     assert cache_copies(compiled, state.caches) == []
 
 
 @pytest.mark.parametrize("layout", ["BSKH", "BKHS"])
 def test_nor_in_another_layout(layout: str) -> None:
     model, state = start(dtype=jnp.bfloat16, layout=layout)
-    compiled = decode.lower(model, state, policy=POLICY, num_steps=3).compile()
+    compiled = decode.lower(model, state, policy=POLICY, num_steps=3).compile(AS_USERS)
     assert cache_copies(compiled, state.caches) == []
 
 
 def test_nor_does_the_prefill() -> None:
     model, state = start(dtype=jnp.bfloat16)
     tokens, counts = jnp.zeros((BATCH, CHUNK), jnp.int32), jnp.zeros(BATCH, jnp.int32)
-    compiled = prefill_chunk.lower(model, state.caches, tokens, counts).compile()
+    compiled = prefill_chunk.lower(model, state.caches, tokens, counts).compile(AS_USERS)
     assert cache_copies(compiled, state.caches) == []
 
 
@@ -65,7 +66,7 @@ def test_nor_does_the_speculative_loop(by_model: bool) -> None:
     drafting = drafter.start(prompts, CAPACITY, CHUNK)
     state = SpeculativeState.start(first, drafting, prompts, capacity=CAPACITY, max_new_tokens=9)
     compiled = decode_speculatively.lower(model, drafter, state, policy=POLICY, num_steps=3)
-    assert cache_copies(compiled.compile(), (state.caches, state.drafting)) == []
+    assert cache_copies(compiled.compile(AS_USERS), (state.caches, state.drafting)) == []
 
 
 # Twins: loops that write one slot of a plain array in each step.
@@ -103,7 +104,7 @@ def copies_in_loop(step: Any, carry: Any, *, donated: bool = True) -> list[str]:
         donate_argnums=0 if donated else (),
     )
     one_layer = jax.ShapeDtypeStruct(CACHE.shape, jax.tree.leaves(carry)[0].dtype)
-    return cache_copies(loop.lower(carry, SLOT).compile(), one_layer)
+    return cache_copies(loop.lower(carry, SLOT).compile(AS_USERS), one_layer)
 
 
 def test_a_plain_update_passes() -> None:
@@ -128,4 +129,4 @@ def test_a_missing_donation_is_found() -> None:
     assert copies_in_loop(write, CACHE, donated=False) == ["copy"]
     model, state = start()
     loop = jax.jit(partial(decode.__wrapped__, policy=POLICY, num_steps=3))
-    assert "copy" in cache_copies(loop.lower(model, state).compile(), state.caches)
+    assert "copy" in cache_copies(loop.lower(model, state).compile(AS_USERS), state.caches)

@@ -20,6 +20,7 @@ from jax_tkg.generation import (
     as_pytree,
     decode,
 )
+from tests.compiling import AS_USERS
 from tests.hlo import cache_copies
 
 VOCAB, WIDTH, COUNT, CHUNK, WINDOW, DRAFTED = 61, 48, 9, 8, 6, 3
@@ -119,5 +120,5 @@ def test_the_loop_copies_no_cache(decoder: LlamaDecoder, dtype: str) -> None:
     policy = TokenPolicy(Greedy())
     caches = decoder.init_caches(2, 1 << 15, dtype=dtype)
     state = DecodeState.start(caches, jnp.zeros((2, VOCAB)), policy=policy)
-    compiled = decode.lower(as_pytree(decoder), state, policy=policy, num_steps=3).compile()
-    assert cache_copies(compiled, caches) == []
+    lowered = decode.lower(as_pytree(decoder), state, policy=policy, num_steps=3)
+    assert cache_copies(lowered.compile(AS_USERS), caches) == []

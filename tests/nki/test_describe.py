@@ -34,7 +34,7 @@ def test_programs_that_share_a_sequence() -> None:
         "tiles: 2 of up to 8192                tiles: 2 of up to 8192",
         "|= at the end: maximum, sum, output ==|",
         "|============ 3 exchanges ============|",
-        "stores: 0 of 16 rows                  stores: 16 of 16 rows",
+        "stores: 16 of 16 rows                 stores: 0 of 16 rows",
     ]
 
 
@@ -80,7 +80,7 @@ def test_programs_with_their_own_rows(changes: dict[str, Any], rows: tuple[str, 
 def test_both_do_all() -> None:
     found = lines(plan(slots=200, kv_heads=1))
     assert found[0] == "nothing: both programs have all"
-    assert found[-1].endswith("stores: 16 of 16 rows")
+    assert found[-1].endswith("stores: 0 of 16 rows")
 
 
 def test_one_program_needs_one_column() -> None:
@@ -94,10 +94,10 @@ def test_one_program_needs_one_column() -> None:
 
 
 def test_stores_are_those_of_the_kernel() -> None:
-    """Of the chunks of 126 and 66 rows of each block the second program stores the first."""
+    """Of the chunks of 126 and 66 rows of each block the first program stores the first."""
     made = plan(batch=1, heads=64, tokens=6, kv_heads=2)
     stored = lines(made)[-1].split("stores: ")
-    assert [part.strip() for part in stored[1:]] == ["132 of 384 rows", "252 of 384 rows"]
+    assert [part.strip() for part in stored[1:]] == ["252 of 384 rows", "132 of 384 rows"]
 
 
 def test_every_way_is_in_the_table() -> None:

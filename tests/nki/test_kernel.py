@@ -75,8 +75,9 @@ class Case:
         if plan.live is not None:
             low, high = jnp.asarray(bounds)
             placed = place_live_tiles(low, high, None, s, plan.live, plan.programs)
-            names = ("live_counts", "live_starts", "live_edges")
-            self.arrays |= zip(names, map(np.asarray, placed), strict=True)
+            counts, starts, edges = map(np.asarray, placed)
+            tables = np.concatenate([counts, starts.reshape(*starts.shape[:2], -1)], axis=2)
+            self.arrays |= {"live_tiles": tables, "live_edges": edges}
 
     def run(self, kernel: Any = attention_tkg, **options: Any) -> interpreter.Run:
         return interpreter.run(
@@ -187,18 +188,29 @@ def test_both_programs_hold_the_same_bits(
 ) -> None:
     stored: dict[int, list[np.ndarray]] = {0: [], 1: []}
 
-    def spy(bufs: Any, plan: KernelPlan) -> None:
+    def spy(bufs: Any, weights: Any) -> None:
         from jax_tkg.nki.interpreter.window import window
 
-        exchange.merge_programs(bufs, plan)
+        exchange.merge_outputs(bufs, weights)
         for tile in (bufs.max, bufs.sum, *bufs.output):
             stored[nl.program_id()].append(window(tile).array().copy())
 
-    monkeypatch.setattr(kernel_module, "merge_programs", spy)
+    monkeypatch.setattr(kernel_module, "merge_outputs", spy)
     Case(planned(ALL, programs=2, exchange=exchange_mode, loop=loop), [900, 333]).run()
     assert len(stored[0]) == len(stored[1]) > 0
     for mine, theirs in zip(stored[0], stored[1], strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_without_the_log_sum_exp(programs: int) -> None:
+    """The kernel returns the output alone, and stores nothing else."""
+    case = Case(planned(replace(ALL, returns_lse=False), programs=programs), [900, 333])
+    done = case.run(refuse_uninitialized=True)
+    out = done.outputs
+    np.testing.assert_allclose(out, case.answer()[0], atol=CLOSE, rtol=0)
+    moved = [s.transfer for program in done.programs for s in program if s.transfer]
+    assert sum(t.bytes for t in moved if t.route == "sbuf->hbm") == out.nbytes
 
 
 def loaded_bytes(run: interpreter.Run) -> int:

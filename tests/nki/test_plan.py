@@ -126,7 +126,7 @@ def test_partitions_of_a_paged_tile_stay_inside_a_page(
     for share in made.shares:
         for tile in share.tiles:
             assert tile.start % made.run == 0
-            assert all(p.subtiles == made.run and p.start % made.run == 0 for p in tile.cached)
+            assert all(p.subtiles % made.run == p.start % made.run == 0 for p in tile.cached)
     if made.sharding == "sequence":
         every = [s for share in made.shares for tile in share.tiles for s in slots_of(tile)]
         assert sorted(every) == list(range(page_len * pages))
@@ -200,6 +200,25 @@ def test_tiles_of_a_loop_fit_the_cache_and_cover_it(
     assert made.sharding == ("none" if programs == 1 else "sequence")
 
 
+@pytest.mark.parametrize(
+    ("slots", "keys"),
+    [(22_528, 5632), (24_576, 8192), (19_072, 6400)],  # 4 rounds, not 3; 3; 3, as none is even
+)
+def test_a_few_more_rounds_where_they_read_no_key_twice(slots: int, keys: int) -> None:
+    made = plan(RAGGED, slots=slots, tokens=1)
+    assert made.live is not None
+    assert made.live.full.keys == keys
+
+
+@pytest.mark.parametrize(("slots", "is_loop"), [(4096, False), (8192, True)])
+def test_a_window_is_no_loop_where_each_program_has_one_tile_of_pages(
+    slots: int, is_loop: bool
+) -> None:
+    """It would read as much as is there."""
+    made = plan(RAGGED, layout="paged", page_len=16, slots=slots, programs=2, most_live=128)
+    assert (made.live is not None) == is_loop
+
+
 def test_programs_that_exchange_on_every_tile_take_equally_many_steps() -> None:
     made = plan({"has_new_keys": True}, slots=700, max_keys=128, programs=2, exchange="every tile")
     steps = [len(s.tiles) + s.idle_tiles for s in made.shares]
@@ -217,6 +236,11 @@ def test_programs_that_exchange_on_every_tile_take_equally_many_steps() -> None:
         ({}, {"loop": "runtime", "slots": 100}, "use loop='static'"),
         ({"rotary": "full"}, {}, "must be 'half', 'interleaved' or None"),
         ({"rotary": "half"}, {}, "rotary needs the new keys"),
+        (
+            {"rotary": "half", "has_new_keys": True, "returns_lse": False},
+            {},
+            "rotary needs returns_lse",
+        ),
     ],
 )
 def test_what_cannot_be_planned(

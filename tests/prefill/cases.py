@@ -103,6 +103,9 @@ LARGE = (
     _whole("T3000-packed", 3000, bounds="packed", heads=2, kv_heads=2, slow=True, batch=2),
     replace(CTE, name="T700-after-6000", tokens=700, slots=6000, beside=True, heads=2, kv_heads=1,
             layout="paged", page_len=64, slow=True),
+    replace(CTE, name="T64-after-16384", tokens=64, slots=16384, beside=True, heads=2, kv_heads=1,
+            layout="paged", page_len=16, query_dtype="bfloat16", rope=HALF_SPLIT, batch=1,
+            slow=True),
     replace(CTE, name="T2000-empty", tokens=2000, slots=2000, rows="empty", slow=True, heads=2,
             kv_heads=1, sinks=True, slopes=True),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from jax_tkg import KVCache, PagedKVCache, RingKVCache, neuron
 from jax_tkg.sampling import RowSelection
 from jax_tkg.serving import ServingConfig, programs
 from jax_tkg.serving.rows import decode_arrays, prefill_arrays
+from tests.compiling import AS_USERS
 from tests.generation.tiny_model import HEAD_DIM, HEADS, VOCAB
 from tests.hlo import cache_copies
 from tests.serving.tiny import CONFIG, MODEL, SAMPLED
@@ -73,12 +74,12 @@ def test_what_neuron_cannot_run_would_be_found() -> None:
 def test_the_decode_call_copies_no_page() -> None:
     pools = programs.make_pools(MODEL, LARGE, {"dtype": "bfloat16"})
     compiled = programs.decode.lower(MODEL, pools, decode_arrays([], LARGE), num_steps=3, top=0)
-    assert cache_copies(compiled.compile(), pools) == []
+    assert cache_copies(compiled.compile(AS_USERS), pools) == []
 
 
 def test_nor_does_the_prefill_call() -> None:
     pools = programs.make_pools(MODEL, LARGE, {"dtype": "bfloat16"})
-    compiled = programs.prefill.lower(MODEL, pools, **prefill_arrays([], LARGE)).compile()
+    compiled = programs.prefill.lower(MODEL, pools, **prefill_arrays([], LARGE)).compile(AS_USERS)
     assert cache_copies(compiled, pools) == []
 
 
@@ -87,7 +88,7 @@ def test_a_missing_donation_is_found() -> None:
     compiled = jax.jit(programs.prefill.__wrapped__).lower(
         MODEL, pools, **prefill_arrays([], LARGE)
     )
-    assert "copy" in cache_copies(compiled.compile(), pools)
+    assert "copy" in cache_copies(compiled.compile(AS_USERS), pools)
 
 
 # What it costs

@@ -25,7 +25,9 @@ def test_a_request_keeps_its_own_plain_ids() -> None:
     ("fields", "error", "message"),
     [
         ({"prompt": []}, ValueError, "at least one token id"),
-        ({"prompt": [1, -1]}, ValueError, "none below 0"),
+        ({"prompt": [1, -1]}, ValueError, r"prompt must be token ids from 0 to .*; got \(1, -1\)"),
+        ({"prompt": [2**40]}, ValueError, "prompt must be token ids"),
+        ({"eos_ids": [2**31]}, ValueError, "eos_ids must be token ids"),
         ({"prompt": "text"}, TypeError, "encode the text"),
         ({"prompt": [1.5]}, TypeError, "float"),
         ({"max_new_tokens": 0}, ValueError, "at least 1, got 0"),

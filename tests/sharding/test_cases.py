@@ -81,7 +81,7 @@ def run(given: dict[str, Any], options: dict[str, Any], **more: Any) -> Any:
     def attend(floats: dict[str, Any]) -> Any:
         rest = {n: jnp.asarray(x) for n, x in given.items() if n not in floats}
         if more.get("implementation") == "oracle":
-            out, lse = attend_reference(*prepare(**floats, **rest, **options, op=Op(op)))
+            out, lse = attend_reference(*prepare(**floats, **rest, **options, op=Op(op)).rotated())
         else:
             out, lse, *_ = getattr(jax_tkg, op)(
                 **floats, **rest, **options, **more, return_residual=True

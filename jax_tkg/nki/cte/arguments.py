@@ -13,6 +13,7 @@ from jax_tkg.cache import storage
 from jax_tkg.cache.paged import Paged
 from jax_tkg.masks import NO_POSITION, default_query_positions
 from jax_tkg.nki.arguments import Launch, Named, has_scales, page_rows
+from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import HIGHEST
@@ -47,6 +48,7 @@ def plan_prefill(
     """The kernel's plan of a problem."""
     from jax_tkg.nki.cte.plan import make_plan
 
+    rope = problem.rope
     return make_plan(
         batch=problem.batch,
         tokens=problem.num_tokens,
@@ -62,6 +64,7 @@ def plan_prefill(
         has_mask=problem.mask is not None,
         has_bias=problem.bias is not None,
         has_alibi=problem.has_alibi,
+        rotary=None if rope is None else "interleaved" if rope.interleaved else "half",
         normalize=problem.normalize,
         programs=programs,
     )
@@ -134,12 +137,15 @@ def make_launch(problem: AttentionProblem, ops: Operands, programs: int) -> Laun
     rows = (problem.batch, problem.num_tokens, problem.num_heads)
     wide = (*rows, problem.value_head_dim)
     of_row = jax.ShapeDtypeStruct(rows, np.float32)
+    result = [jax.ShapeDtypeStruct(wide, problem.compute_dtype), of_row]
+    if not problem.normalize:
+        result = [jax.ShapeDtypeStruct(wide, np.float32), of_row, of_row]
+    if problem.rope is not None:
+        result.append(jax.ShapeDtypeStruct(arrays["new_key"].shape, problem.compute_dtype))
     return Launch(
         kernel=Named(attention_cte, tuple(arrays)),
         arrays=tuple(arrays.values()),
-        result=(jax.ShapeDtypeStruct(wide, problem.compute_dtype), of_row)
-        if problem.normalize
-        else (jax.ShapeDtypeStruct(wide, np.float32), of_row, of_row),
+        result=tuple(result),
         plan=plan,
     )
 
@@ -168,6 +174,9 @@ def kernel_arguments(
     arrays |= _cache_arrays(problem, ops, plan, at, total - beside)
     if beside:
         arrays |= _new_arrays(problem, ops, plan, at, total)
+    if problem.rope is not None:
+        table = rotary_table(problem.rope, problem.head_dim)
+        arrays |= {"rotary_table": jnp.asarray(table), "query_positions": ops.rotary_positions}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -192,10 +201,7 @@ def _cache_arrays(
         readable = replace(kv, page_indices=jnp.maximum(kv.page_indices, 0))
         run = paged_run(source.page_len, plan.tile_keys)
         arrays["page_rows"] = page_rows(readable, run)
-    if plan.live_tiles:
-        from jax_tkg.nki.cte.live import live_ranges, tile_starts
-
-        arrays |= {"live": live_ranges(low, high, plan), "tile_starts": tile_starts(plan)}
+    arrays |= _live_arrays(plan, source, low, high, "")
     if source.is_padded:
         mask = None if ops.mask is None else ops.mask[..., : problem.kv_len]
         unseen = _unseen(problem, low, high, positions, mask, problem.kv_len)
@@ -211,6 +217,20 @@ def _cache_arrays(
             full = jnp.float32(factor) * (jnp.float32(1) if scale is None else _float32(scale))
             arrays[name] = jnp.broadcast_to(full, pairs).reshape(-1)
     return arrays
+
+
+def _live_arrays(
+    plan: "PrefillPlan", source: "KeySource", low: Array, high: Array, prefix: str
+) -> dict[str, Array]:
+    """Which tiles of a source a loop visits, if there is one; all where positions are given."""
+    if not source.live_tiles:
+        return {}
+    from jax_tkg.nki.cte.live import live_ranges, tile_starts
+
+    if source.has_positions:
+        low, high = jnp.zeros_like(low), jnp.full_like(high, source.slots)
+    live = live_ranges(low, high, plan, source)
+    return {f"{prefix}live": live, f"{prefix}tile_starts": tile_starts(plan, source)}
 
 
 def _new_arrays(
@@ -234,6 +254,7 @@ def _new_arrays(
         "new_query_at": _float32(at) if problem.has_alibi else None,
         "new_positions": positions if source.has_positions else None,
     }
+    arrays |= _live_arrays(plan, source, low, high, "new_")
     if source.is_padded:
         mask = None if ops.mask is None else ops.mask[..., problem.kv_len :]
         given = arrays["new_positions"]
@@ -252,12 +273,12 @@ def _bounds(problem: AttentionProblem, ops: Operands, at: Array, end: Array) -> 
 
 
 def _holes(ops: Operands) -> Array:
-    """Float32 `[B, S]`, far below all logits where a slot holds nothing, else 0."""
+    """bfloat16 `[B, S]`, far below all logits where a slot holds nothing, else 0."""
     from jax_tkg.nki.buffers import MASKED
 
     usable = ops.kv.usable()
     assert usable is not None
-    return jnp.where(usable, jnp.float32(0), jnp.float32(MASKED))
+    return jnp.where(usable, jnp.bfloat16(0), jnp.bfloat16(MASKED))
 
 
 def _slot_positions(ops: Operands) -> Array:

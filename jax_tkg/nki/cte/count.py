@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jax_tkg.nki.cte.plan import PrefillPlan, visits_of
-from jax_tkg.nki.cte.tiles import whole_tile
+from jax_tkg.nki.cte.tiles import has_bounds, whole_tile
 from jax_tkg.nki.rows import PARTITIONS
 
 
@@ -17,6 +17,7 @@ class Work:
         masked_steps: those of them that need a mask.
         keys_loaded: keys that are loaded, counted each time.
         all_squares: without skipping.
+        emitted_steps: those in the text of the kernel: what a loop at run time repeats counts once.
     """
 
     squares: int
@@ -24,25 +25,31 @@ class Work:
     masked_steps: int
     keys_loaded: int
     all_squares: int
+    emitted_steps: int
 
 
 def work(plan: PrefillPlan, program: int | None = None) -> Work:
     """What a program does, or all of them."""
-    squares = steps = masked = loaded = every = 0
+    squares = steps = masked = loaded = every = emitted = 0
     slots = sum(-(-source.slots // PARTITIONS) for source in plan.sources)
     for share in plan.shares if program is None else (plan.shares[program],):
         pairs = len(share.pairs)
-        for blocks in share.groups:
-            every += pairs * slots * len(blocks)
-            tile = whole_tile(plan.sources[0], plan.tile_keys)
-            live = pairs * plan.live_tiles * len(blocks)
-            squares += live * tile.subtiles
-            steps += live
-            masked += live
-            loaded += pairs * plan.live_tiles * tile.keys
+        groups = [(pairs, blocks) for blocks in share.groups]
+        groups += [(pairs * plan.rounds, blocks) for blocks in share.looped]
+        for times, blocks in groups:
+            every += times * slots * len(blocks)
+            for source in plan.sources:
+                tile = whole_tile(source, plan.tile_keys)
+                live = times * source.live_tiles * len(blocks)
+                squares += live * tile.subtiles
+                steps += live
+                masked += live if has_bounds(source) else 0
+                emitted += pairs * len(blocks) if source.live_tiles else 0
+                loaded += times * source.live_tiles * tile.keys
             for visit in visits_of(plan, blocks):
-                loaded += pairs * visit.tile.keys
-                steps += pairs * len(visit.steps)
-                masked += pairs * sum(step.is_masked for step in visit.steps)
-                squares += pairs * sum(-(-step.keys // PARTITIONS) for step in visit.steps)
-    return Work(squares, steps, masked, loaded, every)
+                loaded += times * visit.tile.keys
+                steps += times * len(visit.steps)
+                emitted += pairs * len(visit.steps)
+                masked += times * sum(step.is_masked for step in visit.steps)
+                squares += times * sum(-(-step.keys // PARTITIONS) for step in visit.steps)
+    return Work(squares, steps, masked, loaded, every, emitted)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from jax_tkg._typing import Array
+from jax_tkg.nki.arguments import rotation_limits
 from jax_tkg.nki.cte.arguments import make_launch, plan_prefill, prefill_limits
 from jax_tkg.nki.custom_call import KernelCompiler, NkiJit
 from jax_tkg.nki.implementation import Interpreter, ask_known_answer, target_limits
@@ -47,6 +48,11 @@ class NkiPrefill:
             or self.compiler.why_not(self.programs)
         )
 
+    def why_not_rotate(self, problem: AttentionProblem, target: Target) -> str | None:
+        """See `jax_tkg.rotation`."""
+        del target
+        return rotation_limits(problem)
+
     def plan(self, problem: AttentionProblem, target: Target) -> object:
         """A `PrefillPlan`."""
         del target
@@ -58,8 +64,8 @@ class NkiPrefill:
         if self.self_test:
             ask_known_answer(replace(self, self_test=False), self.compiler.platform)
         launch = make_launch(problem, ops, self.programs)
-        out, *of_rows = self.compiler.call(launch, self.programs)
-        return out.astype(jnp.float32), *of_rows
+        out, *rest = self.compiler.call(launch, self.programs)
+        return out.astype(jnp.float32), *rest
 
 
 @dataclass(frozen=True)

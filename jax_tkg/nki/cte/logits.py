@@ -21,9 +21,16 @@ def multiply_queries(work: Work) -> None:
             nisa.nc_matmul(
                 dst=work.logits[:, first:end],
                 stationary=query[c],
-                moving=key[c][:, step.first + first : step.first + end],
+                moving=columns_of_keys(key[c], step.first + first, step.first + end),
                 accumulate=c > 0,
             )
+
+
+def columns_of_keys(key: Any, first: int, end: int) -> Any:
+    """Keys of a tile, `[h, keys]` or `[h, runs, n]`: the ends are those of runs."""
+    if len(key.shape) == 2:
+        return key[:, first:end]
+    return key[:, first // key.shape[2] : end // key.shape[2], :]
 
 
 def finish_logits(work: Work, inputs: Inputs, plan: PrefillPlan) -> None:

@@ -7,6 +7,7 @@ from jax_tkg.nki.cte.logits import load_dense
 from jax_tkg.nki.cte.plan import PrefillPlan
 from jax_tkg.nki.cte.state import Inputs, Work
 from jax_tkg.nki.dialect import nisa, nl
+from jax_tkg.nki.mask import hidden_by_row, select_slots
 
 
 def mask_and_max(work: Work, inputs: Inputs, plan: PrefillPlan) -> Any:
@@ -16,16 +17,17 @@ def mask_and_max(work: Work, inputs: Inputs, plan: PrefillPlan) -> Any:
     bounds of the row, selects, and finds the maximum.
     """
     step, source = work.step, work.keys.source
-    top = nl.ndarray((work.rows.block.rows, 1), nl.float32, buffer=nl.sbuf)
     if plan.has_mask:
         overwrite(work, load_dense(inputs.hidden, nl.uint8, work, plan))
     if source.has_holes:
         add_holes(work)
     if step.is_masked and not source.has_positions:
-        select_range(work, top)
-        return top
+        return select_range(work)
     if step.is_masked:
-        overwrite(work, out_of_bounds(work))
+        n, bounds = work.rows.block.rows, work.rows.bounds[work.keys.tile.source]
+        position = work.keys.position[0:n, step.first : step.first + step.keys]
+        overwrite(work, hidden_by_row(position, bounds[:, 0:1], bounds[:, 1:2]))
+    top = nl.ndarray((work.rows.block.rows, 1), nl.float32, buffer=nl.sbuf)
     nisa.tensor_reduce(dst=top, op=nl.maximum, data=work.logits, axis=1)
     return top
 
@@ -39,8 +41,8 @@ def add_holes(work: Work) -> None:
     work.logits = lowered
 
 
-def select_range(work: Work, top: Any) -> None:
-    """Masks the slots outside the bounds of a row, and finds the maximum of the others."""
+def select_range(work: Work) -> Any:
+    """Masks the slots outside the bounds of a row; returns the maximum of the others."""
     bounds, first = work.rows.bounds[work.keys.tile.source], work.keys.tile.start + work.step.first
     if work.keys.first_slot != None:  # noqa: E711  (the kernel language has no `is`)
         shifted = nl.ndarray(bounds.shape, nl.float32, buffer=nl.sbuf)
@@ -49,27 +51,8 @@ def select_range(work: Work, top: Any) -> None:
             dst=shifted, data1=bounds, data2=start, op=nl.subtract, engine=nisa.engine.gpsimd
         )
         bounds = shifted
-    selected = nl.ndarray(work.logits.shape, nl.float32, buffer=nl.sbuf)
-    nisa.range_select(
-        dst=selected, on_true_tile=work.logits, comp_op0=nl.greater_equal, comp_op1=nl.less,
-        bound0=bounds[:, 0:1], bound1=bounds[:, 1:2],
-        range_start=first, reduce_res=top, reduce_op=nl.maximum,
-    )  # fmt: skip
-    work.logits = selected
-
-
-def out_of_bounds(work: Work) -> Any:
-    """Which keys lie outside the bounds of a row by their positions: uint8 `[R, keys]`."""
-    n, step, bounds = work.rows.block.rows, work.step, work.rows.bounds[work.keys.tile.source]
-    position = work.keys.position[0:n, step.first : step.first + step.keys]
-    before = nl.ndarray((n, step.keys), nl.uint8, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=before, data=position, op0=nl.less, operand0=bounds[:, 0:1])
-    outside = nl.ndarray((n, step.keys), nl.uint8, buffer=nl.sbuf)
-    nisa.scalar_tensor_tensor(
-        dst=outside, data=position, op0=nl.greater_equal, operand0=bounds[:, 1:2],
-        op1=nl.logical_or, operand1=before,
-    )  # fmt: skip
-    return outside
+    work.logits, top = select_slots(work.logits, bounds[:, 0:1], bounds[:, 1:2], first)
+    return top
 
 
 def overwrite(work: Work, hidden: Any) -> None:

@@ -8,7 +8,7 @@ head_dim, Hv value head_dim. A pair is one KV head of one sequence; its G * T ro
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax_tkg.nki.cte.tiles import (
@@ -31,13 +31,23 @@ GROUP_BLOCKS = 16
 TILE_BYTES = 2048
 """Weights of a row in a key tile: turned they fill one PSUM bank."""
 
+UNROLLED_STEPS = 4096
+"""Steps of a program, some 30 instructions each, up to which none is in a loop at run time."""
+
 
 @dataclass(frozen=True)
 class Share(nl.NKIObject):
-    """What one program does: of each of its pairs the same groups of row blocks."""
+    """What one program does: of each of its pairs the same groups of row blocks.
+
+    Attributes:
+        pairs: which.
+        groups: one after the other.
+        looped: before them, in each round of a loop: each block stands for one in every round.
+    """
 
     pairs: tuple[int, ...]
     groups: tuple[tuple[RowBlock, ...], ...]
+    looped: tuple[tuple[RowBlock, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,11 @@ class PrefillPlan(nl.NKIObject):
         has_sinks: each head has a sink logit.
         has_mask, has_bias: dense ones.
         has_alibi: each head has a slope of a bias linear in the distance.
+        rotary: the kernel rotates queries and new keys: "half" (channel i with i + pairs),
+            "interleaved" (2i with 2i + 1) or None.
         normalize: the output is divided by the sum.
         tile_keys: most keys of a tile.
-        live_tiles: whole tiles of the cache of which those that are seen are found out at run time.
+        rounds: of a loop at run time over row blocks; 0 without one.
         programs: of the launch.
         sharding: "none", "pairs" or "rows".
         shares: one for each program.
@@ -76,9 +88,10 @@ class PrefillPlan(nl.NKIObject):
     has_mask: bool
     has_bias: bool
     has_alibi: bool
+    rotary: str | None
     normalize: bool
     tile_keys: int
-    live_tiles: int
+    rounds: int
     programs: int
     sharding: str
     shares: tuple[Share, ...]
@@ -87,11 +100,13 @@ class PrefillPlan(nl.NKIObject):
     def __str__(self) -> str:
         """One line; `count.work` says what it costs."""
         share = self.shares[0]
-        live = f", {self.live_tiles} of them chosen at run time" if self.live_tiles else ""
+        live = self.sources[0].live_tiles
+        chosen = f", {live} of the cache's chosen at run time" if live else ""
+        rounds = f"{self.rounds} round(s) of {len(share.looped)} and " if self.rounds else ""
         return (
             f"{self.programs} program(s), sharding: {self.sharding} ({self.reason}); "
-            f"{len(share.pairs)} pair(s) of {len(share.groups)} group(s) of up to {GROUP_BLOCKS} "
-            f"row blocks, key tiles of up to {self.tile_keys}{live}"
+            f"{len(share.pairs)} pair(s) of {rounds}{len(share.groups)} group(s) of up to "
+            f"{GROUP_BLOCKS} row blocks, key tiles of up to {self.tile_keys}{chosen}"
         )
 
 
@@ -111,14 +126,20 @@ def make_plan(
     has_mask: bool = False,
     has_bias: bool = False,
     has_alibi: bool = False,
+    rotary: str | None = None,
     normalize: bool = True,
     programs: int = 1,
+    unrolled_steps: int = UNROLLED_STEPS,
 ) -> PrefillPlan:
     """Plans a problem; `itemsize` is that of the dtype which is computed in.
 
+    More than `unrolled_steps` of a program are made by loops at run time, over row blocks and over
+    key tiles, but with a dense mask or bias: how many instructions a launch has follows neither the
+    tokens nor the slots.
+
     Raises:
-        ValueError: if H or Hv is more than 256, there are not one or two sources, or a cache of
-            transposed keys has holes.
+        ValueError: if H or Hv is more than 256, there are not one or two sources, a cache of
+            transposed keys has holes, or there are no new keys beside the cache to be rotated.
     """
     if max(head_dim, value_head_dim) > 2 * PARTITIONS:
         raise ValueError(f"head_dim {head_dim} and {value_head_dim}: the kernel takes up to 256.")
@@ -126,23 +147,24 @@ def make_plan(
         raise ValueError(f"{len(sources)} key sources: the cache, or the cache and new keys.")
     if sources[0].has_holes and sources[0].layout == "BKHS":
         raise ValueError("has_holes with layout BKHS: holes are cleared in keys [S, H] only.")
-    pairs, blocks = batch * kv_heads, row_blocks(tokens, heads // kv_heads)
+    if rotary not in (None, "half", "interleaved"):
+        raise ValueError(f"rotary {rotary!r}: must be 'half', 'interleaved' or None.")
+    if rotary is not None and len(sources) == 1:
+        raise ValueError("rotary needs the new keys beside the cache: it rotates them too.")
+    pairs, group, tile_keys = batch * kv_heads, heads // kv_heads, TILE_BYTES // itemsize
+    blocks = row_blocks(0, tokens, group)
     sharding, reason = "none", "one program"
-    shares: tuple[Share, ...] = (Share(tuple(range(pairs)), groups_of(blocks)),)
     if programs == 2 and pairs % 2 == 0:
         sharding, reason = "pairs", f"{pairs} pairs"
-        parts = range(pairs // 2), range(pairs // 2, pairs)
-        shares = tuple(Share(tuple(part), groups_of(blocks)) for part in parts)
     elif programs == 2:
         sharding, reason = "rows", f"{pairs} pair(s), an odd number, of {len(blocks)} row blocks"
-        halves = balanced(blocks, sources)
-        # As many groups for each: loops at run time have to go alike on both.
-        count = -(-max(map(len, halves)) // GROUP_BLOCKS)
-        shares = tuple(Share(tuple(range(pairs)), groups_of(half, count)) for half in halves)
-    tile_keys = TILE_BYTES // itemsize
-    live_tiles = 0
-    if sources[0].is_live and not has_mask and not has_bias and all(s.groups for s in shares):
-        live_tiles = sources[0].slots // whole_tile(sources[0], tile_keys).keys
+    shares, rounds = shares_of(pairs, blocks, sources, sharding), 0
+    can_loop = not has_mask and not has_bias
+    is_long = can_loop and max(steps_in(s, sources, tile_keys) for s in shares) > unrolled_steps
+    if is_long:
+        shares, rounds = in_rounds(pairs, tokens, group, sources, sharding)
+    if can_loop and all(s.groups or rounds for s in shares):
+        sources = tuple(with_live_tiles(s, is_long, tile_keys) for s in sources)
     return PrefillPlan(
         batch=batch,
         tokens=tokens,
@@ -150,7 +172,7 @@ def make_plan(
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_head_dim=value_head_dim,
-        group=heads // kv_heads,
+        group=group,
         sources=sources,
         scale=scale,
         soft_cap=soft_cap,
@@ -158,9 +180,10 @@ def make_plan(
         has_mask=has_mask,
         has_bias=has_bias,
         has_alibi=has_alibi,
+        rotary=rotary,
         normalize=normalize,
         tile_keys=tile_keys,
-        live_tiles=live_tiles,
+        rounds=rounds,
         programs=programs,
         sharding=sharding,
         shares=shares,
@@ -168,16 +191,77 @@ def make_plan(
     )
 
 
-def row_blocks(tokens: int, group: int) -> tuple[RowBlock, ...]:
-    """All rows of a pair: 128 tokens of one head, or fewer tokens of several heads."""
+def row_blocks(first_token: int, tokens: int, group: int, stride: int = 0) -> tuple[RowBlock, ...]:
+    """All rows of a pair of some tokens: 128 tokens of one head, or fewer of several heads."""
     blocks = []
-    for first in range(0, tokens, PARTITIONS):
-        count = min(PARTITIONS, tokens - first)
+    for first in range(first_token, first_token + tokens, PARTITIONS):
+        count = min(PARTITIONS, first_token + tokens - first)
         at_once = PARTITIONS // count
         for head in range(0, group, at_once):
             heads = min(at_once, group - head)
-            blocks.append(RowBlock(first, count, head, heads, count * heads))
+            blocks.append(RowBlock(first, count, head, heads, count * heads, stride))
     return tuple(blocks)
+
+
+def shares_of(
+    pairs: int, blocks: tuple[RowBlock, ...], sources: tuple[KeySource, ...], sharding: str
+) -> tuple[Share, ...]:
+    """What each program does of the row blocks of all pairs."""
+    if sharding == "none":
+        return (Share(tuple(range(pairs)), groups_of(blocks)),)
+    if sharding == "pairs":
+        parts = range(pairs // 2), range(pairs // 2, pairs)
+        return tuple(Share(tuple(part), groups_of(blocks)) for part in parts)
+    halves = balanced(blocks, sources)
+    # As many groups for each: loops at run time have to go alike on both.
+    count = -(-max(map(len, halves)) // GROUP_BLOCKS)
+    return tuple(Share(tuple(range(pairs)), groups_of(half, count)) for half in halves)
+
+
+def steps_in(share: Share, sources: tuple[KeySource, ...], tile_keys: int) -> int:
+    """About how many steps a program makes, all of them known before the launch."""
+    steps = 0
+    for block in itertools.chain(*share.groups):
+        for source in sources:
+            first, end = seen_by(source, block)
+            steps += -(-(end - first) // tile_keys)
+    return steps * len(share.pairs)
+
+
+def in_rounds(
+    pairs: int, tokens: int, group: int, sources: tuple[KeySource, ...], sharding: str
+) -> tuple[tuple[Share, ...], int]:
+    """Shares whose row blocks are in a loop at run time, and how many rounds it makes.
+
+    A program's blocks of a round are a group, or several if heads are many. Two programs that share
+    rows take one half of the tokens of a round each. The last tokens are in no round.
+    """
+    mine = PARTITIONS * max(1, GROUP_BLOCKS // group)
+    stride = 2 * mine if sharding == "rows" else mine
+    rounds = tokens // stride
+    while True:
+        last = row_blocks(rounds * stride, tokens - rounds * stride, group)
+        shares = shares_of(pairs, last, sources, sharding)
+        if rounds == 0 or not last or all(share.groups for share in shares):
+            break
+        rounds -= 1  # a program without a group could not take part in its loops
+    if rounds == 0:
+        return shares, 0
+    looped = []
+    for i in range(len(shares)):
+        first = i * mine if sharding == "rows" else 0
+        looped.append(groups_of(row_blocks(first, mine, group, stride)))
+    return tuple(
+        Share(share.pairs, share.groups, groups)
+        for share, groups in zip(shares, looped, strict=True)
+    ), rounds
+
+
+def with_live_tiles(source: KeySource, is_long: bool, tile_keys: int) -> KeySource:
+    """Says how many whole tiles of a source are visited by a loop at run time."""
+    if not (source.is_live or is_long):
+        return source
+    return replace(source, live_tiles=source.slots // whole_tile(source, tile_keys).keys)
 
 
 def groups_of(
@@ -215,8 +299,8 @@ def visits_of(plan: PrefillPlan, blocks: Any) -> Any:
         for block in blocks:
             low, high = seen_by(source, block)
             first, end = min(first, low), max(end, high)
-        if s == 0 and plan.live_tiles > 0:
-            first = max(first, plan.live_tiles * whole_tile(source, plan.tile_keys).keys)
+        if source.live_tiles > 0:
+            first = max(first, source.live_tiles * whole_tile(source, plan.tile_keys).keys)
         for tile in key_tiles(source, s, first, end, plan.tile_keys):
             steps = steps_of(source, tile, blocks)
             if len(steps) > 0:

@@ -18,13 +18,16 @@ class SourceArrays(nl.NKIObject):
             has one, else its slot.
         query_at: float32 `[B, T]`, for ALiBi: where the queries are on the scale of `bounds`.
         positions: int32 `[B, S]`.
-        holes: float32 `[B, S]`, `MASKED` where a slot holds nothing, else 0.
+        holes: bfloat16 `[B, S]`, `MASKED` where a slot holds nothing, else 0.
         page_rows: int32 `[B, K, S / n]`: of every n slots the row in the pool seen as
             `[rows, n * H]`; n is `plan.paged_run`.
         unseen: uint8 `[B, K|1, S]`, 1 where no query sees a slot.
         logit_scales: float32 `[B * K]`, scale of the logits with that of the keys.
         value_scales: float32 `[B * K]`.
         tile_starts: float32 `[live tiles]`, first slot of each.
+        live: int32 `[programs, pairs, groups, 2]`: of each pair and group of row blocks of a
+            program, those of a loop round by round and then the others, the first live tile that is
+            visited and the one behind the last.
         first_column: column of slot 0 in dense masks and biases.
     """
 
@@ -39,7 +42,25 @@ class SourceArrays(nl.NKIObject):
     logit_scales: Any
     value_scales: Any
     tile_starts: Any
+    live: Any
     first_column: int
+
+
+@dataclass
+class Constants(nl.NKIObject):
+    """Tiles in SBUF that no step changes; None for what the problem does not have.
+
+    Attributes:
+        ones: float32 `[1, 128]`.
+        short_ones: bfloat16 `[1, 128]`.
+        logit_scales, value_scales: `[128, B * K]`, the same in every partition; those of logits
+            divided by the soft cap, if there is one.
+    """
+
+    ones: Any
+    short_ones: Any
+    logit_scales: Any
+    value_scales: Any
 
 
 @dataclass
@@ -47,14 +68,13 @@ class Inputs(nl.NKIObject):
     """The arrays of a launch, in HBM; None for what the problem does not have.
 
     Attributes:
-        query: `[B, T, N, H]`.
+        query: `[B, T, N, H]`, rotated.
         sources: one `SourceArrays` for each source of the plan.
         sinks, slopes: float32 `[B|1, N]`.
         hidden: uint8 `[B|1, N|1, T|1, S']`, 1 where a dense mask hides a key; S' is S of the cache,
             then that of the new keys.
         bias: float32 `[B|1, N|1, T|1, S']`.
-        live: int32 `[programs, pairs, groups, 2]`: of each pair and group of row blocks of a
-            program the first live tile of the cache that is visited and the one behind the last.
+        consts: in SBUF.
     """
 
     query: Any
@@ -63,7 +83,7 @@ class Inputs(nl.NKIObject):
     slopes: Any
     hidden: Any
     bias: Any
-    live: Any
+    consts: Constants
 
 
 @dataclass
@@ -124,10 +144,11 @@ class Keys(nl.NKIObject):
         tile: which slots.
         source: where they come from.
         arrays: of the source.
-        key: one tile `[h, keys]` for each chunk of 128 of H.
+        key: one tile `[h, keys]` for each chunk of 128 of H, in the order of slots; or a view
+            `[h, runs, n]` of one that is not.
         value: `[partitions, subtiles, Hv]`.
         position: float32 `[128, keys]`, the same in every partition; None where nothing needs it.
-        holes: likewise, `MASKED` or 0, or None.
+        holes: bfloat16, likewise, `MASKED` or 0, or None.
         first_slot: float32 `[128, 1]`, likewise, of a tile with an index; or None.
         logit_scale, value_scale: `[128, 1]`, the same in every partition, or None.
     """
@@ -187,20 +208,17 @@ class Place(nl.NKIObject):
     """Where in a program's share the kernel is.
 
     Attributes:
-        pair, group: indices among those of the share.
+        pair, group: indices among those of the share, and of the looped groups or the others.
+        round: register of the loop over rounds; None outside of it.
         pipeline: of the program.
     """
 
     pair: int
     group: int
+    round: Any
     pipeline: Pipeline
 
 
 def pair_of(plan: PrefillPlan, index: int) -> Pair:
     """Pairs are numbered sequence by sequence."""
     return Pair(index, index // plan.kv_heads, index % plan.kv_heads)
-
-
-def has_bounds(source: KeySource) -> bool:
-    """Whether some query may not see some slot."""
-    return not source.is_exact or source.before != None or source.after != None  # noqa: E711

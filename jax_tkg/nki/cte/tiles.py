@@ -27,6 +27,7 @@ class KeySource(nl.NKIObject):
         has_scales: keys and values of each KV head have a scale.
         page_len: slots of a page, or 0.
         is_live: which tiles hold what a group of row blocks sees is found out at run time.
+        live_tiles: so many whole tiles, from slot 0 on; the plan says how many.
     """
 
     slots: int
@@ -40,17 +41,34 @@ class KeySource(nl.NKIObject):
     has_scales: bool = False
     page_len: int = 0
     is_live: bool = False
+    live_tiles: int = 0
 
 
 @dataclass(frozen=True)
 class RowBlock(nl.NKIObject):
-    """Up to 128 rows of a pair, one a partition: row h * tokens + t of some heads and tokens."""
+    """Up to 128 rows of a pair, one a partition: row h * tokens + t of some heads and tokens.
+
+    With a `stride` it stands for all blocks that lie multiples of it further on. With an `index`,
+    the register of a loop at run time, it is that one of them.
+    """
 
     first_token: int
     tokens: int
     first_head: int
     heads: int
     rows: int
+    stride: int = 0
+    index: Any = None
+
+
+def tokens_of(memory: Any, axis: int, block: RowBlock) -> Any:
+    """The tokens of a block along an axis of all."""
+    if block.stride == 0:
+        return memory.slice(axis, block.first_token, block.first_token + block.tokens)
+    count = memory.shape[axis] // block.stride
+    by_round = memory.slice(axis, 0, count * block.stride)
+    mine = by_round.reshape_dim(axis, (count, block.stride)).select(axis, block.index)
+    return mine.slice(axis, block.first_token, block.first_token + block.tokens)
 
 
 @dataclass(frozen=True)
@@ -127,9 +145,16 @@ def whole_tile(source: KeySource, most: int) -> KeyTile:
     return KeyTile(0, 0, subtiles * PARTITIONS, subtiles, PARTITIONS, True)
 
 
+def has_bounds(source: KeySource) -> bool:
+    """Whether some query may not see some slot."""
+    return not source.is_exact or source.before != None or source.after != None  # noqa: E711
+
+
 def seen_by(source: KeySource, block: RowBlock) -> tuple[int, int]:
     """The first slot that some row of a block may see, and the one behind the last."""
     first, end = 0, source.slots
+    if block.stride > 0:
+        return first, end
     if source.before != None:  # noqa: E711  (the kernel language has no `is`)
         first = max(first, block.first_token + source.before)
     if source.after != None:  # noqa: E711
@@ -140,6 +165,8 @@ def seen_by(source: KeySource, block: RowBlock) -> tuple[int, int]:
 def seen_by_all(source: KeySource, block: RowBlock) -> tuple[int, int]:
     """The first slot that every row of a block sees, and the one behind the last."""
     first, end = 0, source.slots
+    if block.stride > 0:
+        return first, first if has_bounds(source) else end
     if source.before != None:  # noqa: E711
         first = max(first, block.first_token + block.tokens - 1 + source.before)
     if source.after != None:  # noqa: E711

@@ -41,32 +41,39 @@ def swap_outputs(bufs: RowBuffers) -> Any:
     return theirs.reshape_dim(1, (len(bufs.output), rows))
 
 
-def merge_programs(bufs: RowBuffers, plan: KernelPlan) -> None:
-    """Both programs get the state over all keys, the same to the bit.
+def merge_sums(bufs: RowBuffers, plan: KernelPlan) -> Any:
+    """Both programs get maximum and sum over all keys, the same to the bit.
 
     With m the larger maximum, each side has weight exp(its maximum - m); sums of two commute, so
-    both programs round alike. After exchanges on every tile the maxima and sums agree already.
+    both programs round alike.
+
+    Returns:
+        The weights of this program's output and of the other's; None where programs agreed on
+        maximum and sum on every tile.
     """
     if plan.every_tile:
-        theirs_output = swap_outputs(bufs)
-        for c in range(len(bufs.output)):
-            mine = bufs.output[c]
-            other = theirs_output[0 : mine.shape[0], c, :]
-            nisa.tensor_tensor(dst=mine, data1=mine, data2=other, op=nl.add)
-        return
-    theirs_max, theirs_sum = swap(bufs.max), swap(bufs.sum)  # ready before the output
-    theirs_output = swap_outputs(bufs)
+        return None
+    theirs_max, theirs_sum = swap(bufs.max), swap(bufs.sum)
     top = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=top, data1=bufs.max, data2=theirs_max, op=nl.maximum)
     unit = plan.logit_unit
     my_weight, their_weight = weight_of(bufs.max, top, unit), weight_of(theirs_max, top, unit)
     add_weighted(bufs.sum, my_weight, theirs_sum, their_weight)
+    nisa.tensor_copy(dst=bufs.max, src=top)
+    return my_weight, their_weight
+
+
+def merge_outputs(bufs: RowBuffers, weights: Any) -> None:
+    """Both programs get the output over all keys, the same to the bit; see `merge_sums`."""
+    theirs = swap_outputs(bufs)
     for c in range(len(bufs.output)):
         mine = bufs.output[c]
         size = mine.shape[0]
-        other = theirs_output[0:size, c, :]
-        add_weighted(mine, my_weight[0:size], other, their_weight[0:size])
-    nisa.tensor_copy(dst=bufs.max, src=top)
+        other = theirs[0:size, c, :]
+        if weights == None:  # noqa: E711  (the kernel language has no `is`)
+            nisa.tensor_tensor(dst=mine, data1=mine, data2=other, op=nl.add)
+        else:
+            add_weighted(mine, weights[0][0:size], other, weights[1][0:size])
 
 
 def weight_of(side_max: Any, top: Any, unit: float) -> Any:

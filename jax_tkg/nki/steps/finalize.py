@@ -2,13 +2,16 @@
 
 from typing import Any
 
-from jax_tkg.nki.buffers import Constants, Inputs, RowBuffers
+from jax_tkg.nki.buffers import Inputs, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowChunk, RowGroup
 from jax_tkg.nki.steps.load import chunk_view, global_rows
 
 NEGATIVE_INFINITY = float("-inf")
+
+LEAST_SUM = 1e-15
+"""Below any sum but that of no key: the largest weight of a row is 1. Its logarithm is finite."""
 
 
 def turn_column(row: Any, columns: Any) -> Any:
@@ -19,13 +22,16 @@ def turn_column(row: Any, columns: Any) -> Any:
     return column
 
 
-def sum_over_partitions(bufs: RowBuffers, columns: Any, consts: Constants) -> Any:
-    """The sums of some rows, as a column: the second step of the cascade."""
+def sum_over_partitions(bufs: RowBuffers, columns: Any) -> Any:
+    """The sums of some rows, as a column: the second step of the cascade.
+
+    By a transpose: that is cheaper than a float32 matmul with ones.
+    """
     mine = bufs.sum[:, columns]
-    added = nl.ndarray((mine.shape[1], 1), nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(dst=added, stationary=mine, moving=consts.ones[:, 0:1], accumulate=False)
-    total = nl.ndarray(added.shape, nl.float32, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=total, src=added)
+    turned = nl.ndarray((mine.shape[1], PARTITIONS), nl.float32, buffer=nl.psum)
+    nisa.nc_transpose(dst=turned, data=mine, engine=nisa.engine.tensor)
+    total = nl.ndarray((mine.shape[1], 1), nl.float32, buffer=nl.sbuf)
+    nisa.tensor_reduce(dst=total, op=nl.add, data=turned, axis=1)
     return total
 
 
@@ -58,42 +64,52 @@ def add_sinks(top: Any, total: Any, inputs: Inputs, rows: Any) -> Any:
     return shrinks
 
 
-def finish_rows(top: Any, total: Any) -> tuple[Any, Any]:
-    """What the output is multiplied by, and the log-sum-exp, as columns.
+def find_factor(total: Any) -> Any:
+    """What the output is multiplied by, as a column; 0 stays 0 in a row that saw no key."""
+    factor = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=factor, data=total, op0=nl.maximum, operand0=LEAST_SUM)
+    nisa.reciprocal(dst=factor, data=factor)
+    return factor
 
-    A row that saw no key has sum 0: its output stays 0 and its log-sum-exp is -inf.
-    """
+
+def find_lse(top: Any, total: Any) -> Any:
+    """The log-sum-exp, as a column; -inf in a row that saw no key."""
     empty = nl.ndarray(total.shape, nl.uint8, buffer=nl.sbuf)
     nisa.tensor_scalar(dst=empty, data=total, op0=nl.equal, operand0=0.0)
-    nisa.tensor_tensor(dst=total, data1=total, data2=empty, op=nl.add)
-    inverse = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
-    nisa.reciprocal(dst=inverse, data=total)
     lse = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=lse, op=nl.log, data=total)
+    nisa.tensor_scalar(dst=lse, data=total, op0=nl.maximum, operand0=LEAST_SUM)
+    nisa.activation(dst=lse, op=nl.log, data=lse)
     nisa.tensor_tensor(dst=lse, data1=lse, data2=top, op=nl.add)
     nisa.tensor_copy_predicated(dst=lse, src=NEGATIVE_INFINITY, predicate=empty)
-    return inverse, lse
+    return lse
 
 
-def fa_finalize(
-    dtype: Any,
-    bufs: RowBuffers,
-    inputs: Inputs,
-    consts: Constants,
-    group: RowGroup,
-    chunk: RowChunk,
-    plan: KernelPlan,
+def fa_finalize_sums(
+    bufs: RowBuffers, inputs: Inputs, group: RowGroup, chunk: RowChunk, plan: KernelPlan
 ) -> tuple[Any, Any]:
-    """The results of a chunk of rows: output `[rows, Hv]` in `dtype`, log-sum-exp `[rows, 1]`."""
+    """Of a chunk of rows, what the output is multiplied by and the log-sum-exp, as columns."""
     columns = nl.ds(group.first_row + chunk.first_row, chunk.rows)
-    total, top = sum_over_partitions(bufs, columns, consts), max_in_logits(bufs, columns, plan)
+    total, features = sum_over_partitions(bufs, columns), plan.features
+    top: Any = None
+    if features.has_sinks or features.returns_lse:
+        top = max_in_logits(bufs, columns, plan)
     shrinks: Any = None
-    if plan.features.has_sinks:
+    if features.has_sinks:
         first = global_rows(group, plan).start + chunk.first_row
         shrinks = add_sinks(top, total, inputs, nl.ds(first, chunk.rows))
-    factor, lse = finish_rows(top, total)
-    if shrinks != None:  # noqa: E711  (the kernel language has no `is`)
+    factor, lse = find_factor(total), None
+    if features.has_sinks:
         nisa.tensor_tensor(dst=factor, data1=factor, data2=shrinks, op=nl.multiply)
+    if features.returns_lse:
+        lse = find_lse(top, total)
+    return factor, lse
+
+
+def fa_finalize_rows(
+    dtype: Any, factor: Any, bufs: RowBuffers, group: RowGroup, chunk: RowChunk, plan: KernelPlan
+) -> Any:
+    """The output of a chunk of rows, `[rows, Hv]` in `dtype`."""
+    columns = nl.ds(group.first_row + chunk.first_row, chunk.rows)
     out = nl.ndarray((chunk.rows, plan.value_head_dim), dtype, buffer=nl.sbuf)
     for c in range(len(bufs.output)):
         mine = bufs.output[c][:, columns]
@@ -101,19 +117,15 @@ def fa_finalize(
         nisa.nc_transpose(dst=turned, data=mine, engine=nisa.engine.tensor)
         part = out[:, nl.ds(c * PARTITIONS, mine.shape[0])]
         nisa.tensor_scalar(dst=part, data=turned, op0=nl.multiply, operand0=factor)
-    return out, lse
+    return out
 
 
-def store_rows(
-    out: Any, lse_out: Any, rows: Any, lse: Any, group: RowGroup, chunk: RowChunk, plan: KernelPlan
-) -> None:
-    """Writes the results of a chunk to HBM, or to SBUF, transposed, where `out` is there."""
-    if out.buffer != nl.sbuf:
-        nisa.dma_copy(dst=chunk_view(out, chunk), src=rows)
-        nisa.dma_copy(dst=chunk_view(lse_out, chunk), src=lse)
+def store(target: Any, result: Any, group: RowGroup, chunk: RowChunk, plan: KernelPlan) -> None:
+    """Writes a result of a chunk to HBM, or to SBUF, transposed, where `target` is there."""
+    if target.buffer != nl.sbuf:
+        nisa.dma_copy(dst=chunk_view(target, chunk), src=result)
         return
     columns = nl.ds(global_rows(group, plan).start + chunk.first_row, chunk.rows)
-    for tile, result in ((out, rows), (lse_out, lse)):
-        turned = nl.ndarray((result.shape[1], chunk.rows), result.dtype, buffer=nl.psum)
-        nisa.nc_transpose(dst=turned, data=result, engine=nisa.engine.tensor)
-        nisa.tensor_copy(dst=tile[:, columns], src=turned)
+    turned = nl.ndarray((result.shape[1], chunk.rows), result.dtype, buffer=nl.psum)
+    nisa.nc_transpose(dst=turned, data=result, engine=nisa.engine.tensor)
+    nisa.tensor_copy(dst=target[:, columns], src=turned)

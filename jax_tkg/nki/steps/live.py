@@ -9,7 +9,7 @@ from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowBlock, RowGroup
 from jax_tkg.nki.tiles import KeyTile
 
-FULL, EDGE, DIRTY = 0, 1, 2
+FULL, EDGE, DIRTY, COUNTS = 0, 1, 2, 3
 
 
 def load_live_tables(
@@ -20,12 +20,9 @@ def load_live_tables(
     program, first = nl.program_id(0), block.sequences[0].first_batch
     count = block.sequences[-1].first_batch + 1 - first
     some = nl.ds(first, count)
-    counts = nl.ndarray((1, count, 3), nl.int32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=counts, src=inputs.live_counts[program, some].expand_dim(0))
-    starts = nl.ndarray((1, count, 2 * live.width), nl.int32, buffer=nl.sbuf)
-    mine = inputs.live_starts[program, some].flatten_dims(1, 2)
-    nisa.dma_copy(dst=starts, src=mine.expand_dim(0))
-    return LiveTables(first, counts, starts, consts.live_edges[:, some])
+    tiles = nl.ndarray((1, count, COUNTS + 2 * live.width), nl.int32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tiles, src=inputs.live_tiles[program, some].expand_dim(0))
+    return LiveTables(first, tiles, consts.live_edges[:, some])
 
 
 def for_each_live_tile(
@@ -37,8 +34,9 @@ def for_each_live_tile(
     """Calls `attend(tile, place)` in loops: over full tiles, then over edge or dirty ones."""
     live: Any = plan.live
     number = sequence.first_batch - tables.first_batch
-    counts, starts = tables.counts[:, number], tables.starts[:, number]
-    edges, others = tables.edges[:, number], starts[:, nl.ds(live.width, live.width)]
+    counts, edges = tables.tiles[:, number], tables.edges[:, number]
+    starts = counts[:, nl.ds(COUNTS, live.width)]
+    others = counts[:, nl.ds(COUNTS + live.width, live.width)]
 
     def attend_full(i: Any) -> None:
         start = nisa.register_alloc()

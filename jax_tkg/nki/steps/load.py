@@ -17,7 +17,6 @@ from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rope import cos_sin_rows, load_turns, rotate_rows
 from jax_tkg.nki.rows import (
-    BANK_ELEMENTS,
     PARTITIONS,
     RowBlock,
     RowChunk,
@@ -34,40 +33,43 @@ TRANSPOSES = 4
 """Of keys, before they are copied out of PSUM: in float32 they fill a bank."""
 
 
-def load_broadcast(sources: Any, ones: Any) -> Any:
+def load_broadcast(sources: Any) -> Any:
     """Float32 tensors in HBM, in every partition, flat: a tile `[128, size]` for each.
 
-    They are read once: the Tensor engine repeats them all together, times 1 and exactly.
+    They are read once, a number a partition; a transpose of that column, repeated, has all of them
+    in every partition, to the bit.
 
     Args:
         sources: a list of tensors of any shapes.
-        ones: float32 `[128, 128]` of 1.
     """
     total = 0
     for source in sources:
         total += source.size
-    once = nl.ndarray((1, total), nl.float32, buffer=nl.sbuf)
+    columns = -(-total // PARTITIONS)
+    once = nl.ndarray((PARTITIONS, columns), nl.float32, buffer=nl.sbuf)
     every = nl.ndarray((PARTITIONS, total), nl.float32, buffer=nl.sbuf)
     tiles, first = [], 0
     for source in sources:
-        part = nl.ds(first, source.size)
-        nisa.dma_copy(dst=once[:, part], src=source.reshape((1, source.size)))
-        tiles.append(every[:, part])
-        first += source.size
-    for start in range(0, total, BANK_ELEMENTS):
-        part = nl.ds(start, min(BANK_ELEMENTS, total - start))
-        mine = once[:, part]
-        repeated = nl.ndarray((PARTITIONS, mine.shape[1]), nl.float32, buffer=nl.psum)
-        nisa.nc_matmul(dst=repeated, stationary=ones[0:1], moving=mine)
-        nisa.tensor_copy(dst=every[:, part], src=repeated)
+        end, column = first + source.size, source.reshape((source.size, 1))
+        tiles.append(every[:, nl.ds(first, source.size)])
+        for c in range(first // PARTITIONS, -(-end // PARTITIONS)):
+            start = max(first, c * PARTITIONS)
+            count = min(end, (c + 1) * PARTITIONS) - start
+            there = once[nl.ds(start - c * PARTITIONS, count), c : c + 1]
+            nisa.dma_copy(dst=there, src=column[nl.ds(start - first, count), :])
+        first = end
+    for c in range(columns):
+        count = min(PARTITIONS, total - c * PARTITIONS)
+        repeated = nl.ndarray((PARTITIONS, count), nl.float32, buffer=nl.psum)
+        wide = once[0:count, c : c + 1].broadcast(1, PARTITIONS)
+        nisa.nc_transpose(dst=repeated, data=wide, engine=nisa.engine.tensor)
+        nisa.tensor_copy(dst=every[:, nl.ds(c * PARTITIONS, count)], src=repeated)
     return tiles
 
 
 def load_constants(inputs: Inputs, plan: KernelPlan) -> Constants:
     """What every step reads."""
-    ones = nl.ndarray((PARTITIONS, PARTITIONS), nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=ones, value=1.0)
-    consts = Constants(ones, None, None, None, None, None, None)
+    consts = Constants(None, None, None, None, None, None)
     features, sources = plan.features, []
     if features.needs_mask:
         sources.append(inputs.bounds[1])
@@ -79,7 +81,7 @@ def load_constants(inputs: Inputs, plan: KernelPlan) -> Constants:
     if plan.live != None:  # noqa: E711  (the kernel language has no `is`)
         sources.append(inputs.live_edges[nl.program_id(0)])
     if sources:
-        name_constants(consts, load_broadcast(sources, ones), plan)
+        name_constants(consts, load_broadcast(sources), plan)
     if features.rotary != None:  # noqa: E711
         consts.turns = load_turns(inputs.rotary_table, PARTITIONS)
     return consts
@@ -200,13 +202,13 @@ def cache_source(inputs: Inputs, pages: Any, group: RowGroup, i: int, plan: Kern
     if plan.layout == "paged":
         rows = pages.rows[:, batch - group.first_batch, head - group.first_kv]
         keys, values = pool_rows(inputs.key, plan), pool_rows(inputs.value, plan)
-        return KeySource(keys, values, False, True, rows)
+        return KeySource(keys, values, False, plan.run, rows)
     if plan.layout == "BSKH":
         keys, values = inputs.key[batch, :, head], inputs.value[batch, :, head]
-        return KeySource(keys, values, False, False, None)
+        return KeySource(keys, values, False, 0, None)
     is_transposed = plan.layout == "BKHS"
     keys, values = inputs.key[batch, head], inputs.value[batch, head]
-    return KeySource(keys, values, is_transposed, False, None)
+    return KeySource(keys, values, is_transposed, 0, None)
 
 
 def pool_rows(pool: Any, plan: KernelPlan) -> Any:
@@ -224,29 +226,29 @@ def find_pages(
     batches, heads = group.batches, group.kv_heads
     mine = inputs.page_rows[nl.ds(group.first_batch, batches), nl.ds(group.first_kv, heads)]
     mine = mine[:, :, nl.ds(place.start, tile.keys // plan.run)]
-    rows = nl.ndarray((PARTITIONS, batches, heads, len(tile.cached)), nl.int32, buffer=nl.sbuf)
-    whole = 0
+    gathers = tile.cached_columns // plan.run
+    rows = nl.ndarray((PARTITIONS, batches, heads, gathers), nl.int32, buffer=nl.sbuf)
     for piece in tile.cached:
-        if piece.partitions == PARTITIONS:
-            whole += 1
-    if whole:
-        runs = mine[:, :, nl.ds(0, whole * PARTITIONS)].reshape_dim(2, (whole, PARTITIONS))
+        p, n, first = piece.partitions, piece.subtiles // plan.run, piece.column // plan.run
+        if p < PARTITIONS:
+            nisa.memset(dst=rows[:, :, :, nl.ds(first, n)], value=-1)
+        runs = mine[:, :, nl.ds(piece.start // plan.run, p * n)].reshape_dim(2, (p, n))
         for k in range(heads):
-            nisa.dma_copy(dst=rows[:, :, k, nl.ds(0, whole)], src=runs[:, k].permute((2, 0, 1)))
-    if whole < len(tile.cached):
-        p = tile.cached[whole].partitions
-        nisa.memset(dst=rows[:, :, :, whole], value=-1)
-        runs = mine[:, :, nl.ds(whole * PARTITIONS, p)]
-        nisa.dma_copy(dst=rows[0:p, :, :, whole], src=runs.permute((2, 0, 1)))
+            by_run = runs[:, k].permute((1, 0, 2))
+            nisa.dma_copy(dst=rows[0:p, :, k, nl.ds(first, n)], src=by_run)
     if not (plan.features.has_holes and tile.is_masked):
         return Pages(rows, None)
-    holes = nl.ndarray((PARTITIONS, len(tile.cached), batches), nl.float32, buffer=nl.sbuf)
-    by_piece = rows[:, :, 0].permute((0, 2, 1))
+    holes = nl.ndarray((PARTITIONS, gathers, batches), nl.float32, buffer=nl.sbuf)
+    by_gather = rows[:, :, 0].permute((0, 2, 1))
     nisa.tensor_scalar(
-        dst=holes, data=by_piece, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=NOWHERE
+        dst=holes, data=by_gather, op0=nl.less, operand0=0.0, op1=nl.multiply, operand1=NOWHERE
     )
-    nisa.tensor_scalar(dst=rows, data=rows, op0=nl.maximum, operand0=0.0)
-    return Pages(rows, holes)
+    there = nl.ndarray(rows.shape, nl.int32, buffer=nl.sbuf)
+    least = nl.ndarray(rows.shape, nl.int32, buffer=nl.sbuf)
+    at_once = nisa.engine.gpsimd  # which gathers by them: behind Vector they would wait for a tile
+    nisa.memset(dst=least, value=0, engine=at_once)
+    nisa.tensor_tensor(dst=there, data1=rows, data2=least, op=nl.maximum, engine=at_once)
+    return Pages(there, holes)
 
 
 def load_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: KernelPlan) -> Any:
@@ -282,7 +284,7 @@ def loads_by_rows(source: KeySource, dtype: Any) -> bool:
     """Whether keys arrive as they lie in memory and are transposed on chip."""
     if source.is_transposed:
         return False
-    if source.is_paged:
+    if source.run > 0:
         return True
     return dtype == nl.float32 or source.keys.dtype != dtype
 
@@ -302,7 +304,7 @@ def turn_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
     for k in range(len(tile.cached)):
         piece = tile.cached[k]
         if gathers_turned(source, dtype, piece):
-            gather_turned(loaded, source, k, piece, plan)
+            gather_turned(loaded, source, piece, plan)
             continue
         rows = load_rows(source.keys, source, plan.head_dim, dtype, k, place, tile)
         p = piece.partitions
@@ -322,22 +324,24 @@ def turn_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
 
 def gathers_turned(source: KeySource, dtype: Any, piece: Piece) -> bool:
     """Whether DMA transposes the keys that it gathers from pages: two bytes each, whole runs."""
-    if not source.is_paged or source.keys.dtype != dtype:
+    if source.run < LEAST_RUN or source.keys.dtype != dtype:
         return False
-    turns = dtype != nl.float32 and piece.partitions % GATHER_ROWS == 0
-    return turns and piece.subtiles >= LEAST_RUN
+    return dtype != nl.float32 and piece.partitions % GATHER_ROWS == 0
 
 
-def gather_turned(loaded: Any, source: KeySource, k: int, piece: Piece, plan: KernelPlan) -> None:
-    """Keys of piece k from pages into `[h, keys]` tiles, column after column."""
-    p, n = piece.partitions, piece.subtiles
+def gather_turned(loaded: Any, source: KeySource, piece: Piece, plan: KernelPlan) -> None:
+    """Keys of a piece from pages into `[h, keys]` tiles, column after column."""
+    p, n = piece.partitions, source.run
     runs = source.keys.reshape((source.keys.shape[0], 1, n, plan.head_dim))
-    at = source.rows[0:p, k : k + 1].view(nl.uint32)
-    for c in range(len(loaded)):
-        size = loaded[c].shape[0]
-        mine = runs[:, :, :, nl.ds(c * PARTITIONS, size)]
-        columns = loaded[c][:, nl.ds(piece.start, piece.keys)].reshape_dim(1, (1, n, p))
-        nisa.dma_transpose(dst=columns, src=mine.vector_select(0, at))
+    for first in range(0, piece.subtiles, n):
+        number = (piece.column + first) // n
+        at = source.rows[0:p, number : number + 1].view(nl.uint32)
+        for c in range(len(loaded)):
+            size = loaded[c].shape[0]
+            mine = runs[:, :, :, nl.ds(c * PARTITIONS, size)]
+            columns = loaded[c][:, nl.ds(piece.start + first * p, n * p)]
+            by_run = columns.reshape_dim(1, (1, n, p))
+            nisa.dma_transpose(dst=by_run, src=mine.vector_select(0, at))
 
 
 def load_rows(
@@ -356,10 +360,13 @@ def load_rows(
     piece = tile.cached[k]
     p, n = piece.partitions, piece.subtiles
     loaded = nl.ndarray((p, n, width), dtype, buffer=nl.sbuf)
-    if not source.is_paged:
+    if source.run == 0:
         mine = memory[nl.ds(place.start, tile.keys), :][nl.ds(piece.start, piece.keys), :]
         nisa.dma_copy(dst=loaded, src=mine.reshape_dim(0, (p, n)))
-    else:
-        rows = source.rows[0:p, k : k + 1]
-        nisa.dma_copy(dst=loaded, src=memory.vector_select(0, rows))
+        return loaded
+    for first in range(0, n, source.run):
+        number = (piece.column + first) // source.run
+        rows = source.rows[0:p, number : number + 1]
+        part = loaded[:, nl.ds(first, source.run), :]
+        nisa.dma_copy(dst=part, src=memory.vector_select(0, rows))
     return loaded

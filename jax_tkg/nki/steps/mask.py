@@ -4,6 +4,7 @@ from typing import Any
 
 from jax_tkg.nki.buffers import MASKED, Constants, Inputs, Logits, Place
 from jax_tkg.nki.dialect import nisa, nl
+from jax_tkg.nki.mask import hidden_by_key
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowGroup
 from jax_tkg.nki.steps.new_keys import load_for_rows
@@ -66,7 +67,6 @@ def find_hidden(
     columns, features = tile.cached_columns, plan.features
     batches = nl.ds(group.first_batch, group.batches)
     tokens = consts.high.shape[2]
-    shape = (PARTITIONS, columns, group.batches, tokens)
     if features.has_positions:
         positions = load_positions(inputs, tile, group)
     else:
@@ -75,14 +75,11 @@ def find_hidden(
     if features.has_holes:
         positions = beyond_holes(positions, pages.holes, tile, group)
     every = positions.expand_dim(3).broadcast(3, tokens)
-    hidden = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
-    bound = consts.high[:, batches].expand_dim(1).broadcast(1, columns)
-    nisa.tensor_tensor(dst=hidden, data1=every, data2=bound, op=nl.greater_equal)
+    low: Any = None
     if features.has_low:
-        before = nl.ndarray(shape, nl.uint8, buffer=nl.sbuf)
-        bound = consts.low[:, batches].expand_dim(1).broadcast(1, columns)
-        nisa.tensor_tensor(dst=before, data1=every, data2=bound, op=nl.less)
-        nisa.tensor_tensor(dst=hidden, data1=hidden, data2=before, op=nl.logical_or)
+        low = consts.low[:, batches].expand_dim(1).broadcast(1, columns)
+    high = consts.high[:, batches].expand_dim(1).broadcast(1, columns)
+    hidden = hidden_by_key(every, low, high)
     if place.behind_counted != None:  # noqa: E711  (the kernel language has no `is`)
         elsewhere = nl.ndarray((PARTITIONS, columns), nl.uint8, buffer=nl.sbuf)
         nisa.tensor_scalar(
@@ -98,12 +95,10 @@ def beyond_holes(positions: Any, holes: Any, tile: KeyTile, group: RowGroup) -> 
     """Positions `[128, columns, b]`, of slots without a page behind what any row sees."""
     shape = (PARTITIONS, tile.cached_columns, group.batches)
     moved = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    pieces, run = len(tile.cached), tile.cached[0].subtiles
-    by_piece = positions.reshape_dim(1, (pieces, run))
-    every = holes.expand_dim(2).broadcast(2, run)
-    nisa.tensor_tensor(
-        dst=moved.reshape_dim(1, (pieces, run)), data1=by_piece, data2=every, op=nl.add
-    )
+    gathers = holes.shape[1]
+    runs = (gathers, tile.cached_columns // gathers)
+    by_gather, every = positions.reshape_dim(1, runs), holes.expand_dim(2).broadcast(2, runs[1])
+    nisa.tensor_tensor(dst=moved.reshape_dim(1, runs), data1=by_gather, data2=every, op=nl.add)
     return moved
 
 

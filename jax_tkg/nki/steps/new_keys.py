@@ -6,8 +6,16 @@ from jax_tkg.nki.buffers import Constants, Inputs, NewKeys
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowGroup
-from jax_tkg.nki.steps.load import global_rows, positions_of, rotate, transpose
+from jax_tkg.nki.steps.load import (
+    global_rows,
+    positions_of,
+    rotate,
+    transpose,
+)
 from jax_tkg.nki.tiles import KeyTile, Piece
+
+VALUE_LOADS = 2
+"""DMAs for new values: with so few partitions each takes but one of the queues."""
 
 
 def load_new_keys(
@@ -27,7 +35,7 @@ def load_new_keys(
     for piece in tile.new:
         rows = nl.ndarray((group.pairs * piece.keys, plan.head_dim), dtype, buffer=nl.sbuf)
         by_row = (0, 2, 1, 3)
-        nisa.dma_copy(dst=rows, src=piece_view(inputs.new_key, piece, group).permute(by_row))
+        load_new(rows, piece_view(inputs.new_key, piece, group).permute(by_row), plan)
         batches = nl.ds(group.first_batch, group.batches)
         tokens = nl.ds(piece.start, piece.keys)
         rotate(rows, positions_of(inputs, batches, tokens, group.kv_heads), consts, plan)
@@ -43,9 +51,22 @@ def load_new_keys(
         shape = (piece.keys, group.pairs, plan.value_head_dim)
         tile_values = nl.ndarray(shape, dtype, buffer=nl.sbuf)
         by_pair = tile_values.reshape_dim(1, (group.batches, group.kv_heads))
-        nisa.dma_copy(dst=by_pair, src=values)
+        step = -(-group.batches // VALUE_LOADS)
+        for first in range(0, group.batches, step):
+            some = nl.ds(first, min(step, group.batches - first))
+            load_new(by_pair[:, some], values[:, some], plan)
         loaded.values.append(tile_values)
     return loaded
+
+
+def load_new(dst: Any, src: Any, plan: KernelPlan) -> None:
+    """A DMA of new keys or values, which come before those of the cache.
+
+    GpSimd makes its descriptors, so that the hardware comes to the cache sooner; but not where
+    GpSimd gathers pages.
+    """
+    mode = nisa.dge_mode.unknown if plan.layout == "paged" else nisa.dge_mode.swdge
+    nisa.dma_copy(dst=dst, src=src, dge_mode=mode)
 
 
 def piece_view(tensor: Any, piece: Piece, group: RowGroup) -> Any:

@@ -15,15 +15,19 @@ from jax_tkg.nki import interpreter
 from jax_tkg.nki.buffers import MASKED
 from jax_tkg.nki.cte.kernel import attention_cte
 from jax_tkg.nki.cte.live import live_ranges, tile_starts
-from jax_tkg.nki.cte.plan import PrefillPlan, make_plan
+from jax_tkg.nki.cte.plan import UNROLLED_STEPS, PrefillPlan, make_plan
 from jax_tkg.nki.cte.tiles import KeySource, paged_run
+from jax_tkg.nki.rope_call import rotary_table
+from jax_tkg.rope import RotaryEmbedding
 from tests.cases import DTYPES
+from tests.nki.test_rope_kernel import exact_rotation
 
 Array = np.ndarray
 NAMES = (
     "query", "key", "value", "bounds", "query_at", "positions", "holes", "page_rows", "unseen",
     "logit_scales", "value_scales", "new_key", "new_value", "new_bounds", "new_query_at",
     "new_positions", "new_unseen", "sinks", "slopes", "hidden", "bias", "live", "tile_starts",
+    "new_live", "new_tile_starts", "rotary_table", "query_positions",
 )  # fmt: skip
 
 
@@ -43,7 +47,9 @@ class Problem:
         beside: T new keys beside the cache.
         ring: slots hold positions in a rotated order.
         live: what of the cache is loaded is found out at run time.
+        looped: loops at run time over row blocks and key tiles, however few.
         holes: every fifth slot, or page, holds nothing.
+        rope: rotates queries and new keys.
         sinks, alibi, bias, mask, cap, scale, normalize, programs: see the plan. `bias` and `mask`
             are the sizes of their first three dimensions.
         growth: how much larger the last keys are than the first.
@@ -68,8 +74,10 @@ class Problem:
     ring: bool = False
     holes: bool = False
     live: bool = False
+    looped: bool = False
     sinks: bool = False
     alibi: bool = False
+    rope: RotaryEmbedding | None = None
     bias: tuple[int, int, int] | None = None
     mask: tuple[int, int, int] | None = None
     cap: float | None = None
@@ -82,6 +90,13 @@ class Problem:
     def is_static(self) -> bool:
         """Causality and window say all there is to know."""
         return self.lengths is None and not self.packed and not self.ring
+
+    @property
+    def rotary(self) -> str | None:
+        """As the plan calls it."""
+        if self.rope is None:
+            return None
+        return "interleaved" if self.rope.interleaved else "half"
 
     @property
     def total(self) -> Array:
@@ -131,7 +146,8 @@ class Problem:
             head_dim=self.head_dim, value_head_dim=self.value_head_dim, sources=self.sources(),
             scale=self.scale, itemsize=DTYPES[self.dtype].itemsize, soft_cap=self.cap,
             has_sinks=self.sinks, has_mask=self.mask is not None, has_bias=self.bias is not None,
-            has_alibi=self.alibi, normalize=self.normalize, programs=self.programs,
+            has_alibi=self.alibi, rotary=self.rotary, normalize=self.normalize,
+            programs=self.programs, unrolled_steps=0 if self.looped else UNROLLED_STEPS,
         )  # fmt: skip
 
 
@@ -196,6 +212,14 @@ class Case:
         full = np.broadcast_to(self.seen, (b, p.heads, t, s + beside))
         self.unseen: Array = np.asarray(~full.reshape(b, k, -1, s + beside).any(2))  # [B, K, S']
         self._store(keys, values)
+        self.exact_query = self.query.astype(np.float64)
+        if p.rope is not None:
+            self.exact_query = exact_rotation(p.rope, self.exact_query, self.query_at)
+            self.keys[:, s:] = exact_rotation(p.rope, self.keys[:, s:], self.query_at)
+        # What naive attention starts from: what was rotated is rounded, as all else was.
+        self.naive_query = self.exact_query.astype(DTYPES[p.dtype])
+        self.naive_keys = self.keys.copy()
+        self.naive_keys[:, s:] = self.keys[:, s:].astype(DTYPES[p.dtype])
 
     def _normal(self, *shape: int) -> Array:
         return self.random.normal(size=shape)
@@ -264,9 +288,7 @@ class Case:
         given |= {"query": self.query, "key": self.cached[0], "value": self.cached[1]}
         end = np.minimum(self.high, (p.total - (p.tokens if p.beside else 0))[:, None])
         plan = p.plan()
-        if plan.live_tiles:
-            given["live"] = np.asarray(live_ranges(jnp.array(self.low), jnp.array(end), plan))
-            given["tile_starts"] = np.asarray(tile_starts(plan))
+        self._add_live(given, plan, 0, self.low, end)
         given["bounds"] = np.stack([self.low, end]).astype(np.float32)
         sources = p.sources()
         flags = self.unseen.astype(np.uint8)
@@ -275,7 +297,7 @@ class Case:
         if p.ring:
             given["positions"] = self.key_at[:, :s].astype(np.int32)
         if p.holes:
-            given["holes"] = np.where(self.filled, np.float32(0), np.float32(MASKED))
+            given["holes"] = np.where(self.filled, 0, MASKED).astype(ml_dtypes.bfloat16)
         if sources[0].has_scales:
             given["logit_scales"] = (p.scale * self.k_scale).astype(np.float32).reshape(-1)
             given["value_scales"] = self.v_scale.astype(np.float32).reshape(-1)
@@ -290,9 +312,13 @@ class Case:
             first = self.query_at[:, :1]
             bounds = np.stack([self.low, self.high]) - first
             given["new_bounds"] = np.maximum(bounds, -first).astype(np.float32)
+            self._add_live(given, plan, 1, *bounds)
             given["new_query_at"] = (self.query_at - first).astype(np.float32)
             if sources[1].is_padded:
                 given["new_unseen"] = flags[:, :, s:]
+        if p.rope is not None:
+            given["rotary_table"] = rotary_table(p.rope, p.head_dim)
+            given["query_positions"] = self.query_at.astype(np.int32)
         if p.alibi:
             given["query_at"] = self.query_at.astype(np.float32)
             given["slopes"] = self.slopes[None]
@@ -305,6 +331,18 @@ class Case:
         if p.bias is not None:
             given["bias"] = self.bias
         return given
+
+    def _add_live(
+        self, given: dict[str, Any], plan: PrefillPlan, s: int, low: Array, high: Array
+    ) -> None:
+        """Which tiles of a source a loop visits, if there is one."""
+        source, prefix = plan.sources[s], "new_" if s else ""
+        if source.live_tiles:
+            if source.has_positions:
+                low, high = np.zeros_like(low), np.full_like(high, source.slots)
+            ranges = live_ranges(jnp.array(low), jnp.array(high), plan, source)
+            given[f"{prefix}live"] = np.asarray(ranges)
+            given[f"{prefix}tile_starts"] = np.asarray(tile_starts(plan, source))
 
     def run(self, **options: Any) -> interpreter.Run:
         """Launches the kernel."""
@@ -325,11 +363,15 @@ class Case:
             for n in range(p.heads):
                 k = n // self.group
                 seen = np.broadcast_to(self.seen[b], (p.heads, *self.seen.shape[2:]))[n]
-                key = np.where(self.unseen[b, k][:, None], 0, self.keys[b, :, k])
-                v = np.where(self.unseen[b, k][:, None], 0, self.values[b, :, k])
-                bias = self._bias_of(b, n)
-                args = (self.query[b, :, n], key, v, seen, bias, self._sink(n), p)
-                out[b, :, n], lse[b, :, n], logit[b, :, n] = softmax_rows(*args, None)
+                unseen = self.unseen[b, k][:, None]
+                key, naive_key, v = (
+                    np.where(unseen, 0, x[b, :, k])
+                    for x in (self.keys, self.naive_keys, self.values)
+                )
+                rest = (v, seen, self._bias_of(b, n), self._sink(n), p)
+                exact = softmax_rows(self.exact_query[b, :, n], key, *rest, None)
+                out[b, :, n], lse[b, :, n], logit[b, :, n] = exact
+                args = (self.naive_query[b, :, n], naive_key, *rest)
                 value[b, :, n] = np.where(seen, np.abs(v).max(1), 0).max(1)
                 naive_out[b, :, n], _, _ = softmax_rows(*args, DTYPES[p.dtype])
                 _, naive_lse[b, :, n], _ = softmax_rows(*args, np.dtype(np.float32))
@@ -393,6 +435,8 @@ def excess(case: Case, **options: Any) -> float:
     """
     p, want = case.problem, case.answer
     outputs = [np.asarray(x).astype(np.float64) for x in case.run(**options).outputs]
+    if p.rope is not None and not is_rotated(case, outputs.pop()):
+        return np.inf
     out, lse = outputs[0], outputs[1]
     if not p.normalize:
         largest, total = outputs[1:]
@@ -413,6 +457,16 @@ def excess(case: Case, **options: Any) -> float:
         _ratio(out - want.out, want.naive_out - want.out, free),
         _ratio(lse[seen] - want.lse[seen], want.naive_lse[seen] - want.lse[seen], free_lse),
     )
+
+
+def is_rotated(case: Case, found: Array) -> bool:
+    """Whether the new keys that somebody sees were rotated in float32 and rounded once."""
+    slots = case.problem.slots
+    seen = ~case.unseen[:, :, slots:].transpose(0, 2, 1)
+    exact, eps = case.keys[:, slots:][seen], float(ml_dtypes.finfo(DTYPES[case.problem.dtype]).eps)
+    size = np.abs(exact).max(initial=0)
+    budget = np.abs(exact) * eps / 2 + 8 * size * float(np.finfo(np.float32).eps)
+    return bool((np.abs(found[seen] - exact) <= budget).all())
 
 
 def _ratio(error: Array, naive: Array, free: float) -> float:

@@ -8,12 +8,19 @@ import pytest
 from jax_tkg.nki import interpreter
 from jax_tkg.nki.cte.kernel import attention_cte
 from jax_tkg.nki.interpreter.lint import check
+from jax_tkg.rope import RotaryEmbedding
 from tests.nki.cte.problems import Case, Problem, excess
 
 STRICT: dict[str, Any] = {"refuse_uninitialized": True}
 PAGED: dict[str, Any] = {"layout": "paged", "batch": 2, "heads": 4, "kv_heads": 2, "tokens": 60}
 LIVE: dict[str, Any] = {
     "live": True, "tokens": 30, "slots": 1100, "batch": 2, "lengths": (600, 40), "causal": False,
+}  # fmt: skip
+
+INTERLEAVED = RotaryEmbedding(base=5000.0, interleaved=True, rotary_dim=24)
+
+LOOPED: dict[str, Any] = {
+    "looped": True, "heads": 9, "head_dim": 8, "value_head_dim": 8, "tokens": 300, "slots": 600,
 }  # fmt: skip
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -68,6 +75,16 @@ FEATURES: dict[str, dict[str, Any]] = {
     "live BSKH": LIVE | {"layout": "BSKH", "dtype": "bfloat16", "slots": 2100, "alibi": True},
     "live packed": {"live": True, "packed": (100, 430, 20), "tokens": 550, "slots": 550,
                     "heads": 1},
+    "rotated": {"beside": True, "slots": 40, "rope": RotaryEmbedding(), "heads": 4, "kv_heads": 2},
+    "rotated, some channels": {"beside": True, "slots": 33, "rope": INTERLEAVED, "tokens": 50,
+                               "dtype": "bfloat16", "batch": 2, "lengths": (70, 55)},
+    "looped": LOOPED | {"batch": 2},
+    "looped, more to do": LOOPED | {
+        "causal": False, "normalize": False, "alibi": True, "dtype": "bfloat16", "slots": 1100,
+    },
+    "looped beside": LOOPED | {"slots": 530, "beside": True, "rope": RotaryEmbedding(),
+                               "window": (300, 0), "lengths": (700,)},
+    "looped ring": LOOPED | {"ring": True, "window": (200, 0), "slots": 520},
     "everything": {
         "beside": True, "sinks": True, "cap": 5.0, "bias": (1, 2, 144), "alibi": True,
         "mask": (1, 1, 144), "stored": "int8", "normalize": False, "window": (200, 0),
@@ -75,6 +92,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "everything in pages": PAGED | {
         "page_len": 32, "beside": True, "sinks": True, "bias": (2, 4, 1), "alibi": True,
         "mask": (1, 4, 60), "dtype": "bfloat16", "lengths": (200, 150), "slots": 160,
+        "rope": INTERLEAVED,
     },
 }  # fmt: skip
 

@@ -27,28 +27,29 @@ def test_live_ranges(
         batch=batch, tokens=tokens, heads=heads, kv_heads=1, head_dim=8, value_head_dim=8,
         sources=(source,), scale=1.0, itemsize=4, programs=programs,
     )  # fmt: skip
-    if not plan.live_tiles:
+    (source,) = plan.sources
+    if not source.live_tiles:
         assert not all(share.groups for share in plan.shares)
         return
     random = np.random.default_rng(seed)
     low = random.integers(-5, slots, (batch, tokens))
     high = low + random.integers(-9, 700, (batch, tokens))
-    found = np.asarray(live_ranges(jnp.array(low), jnp.array(high), plan))
-    np.testing.assert_array_equal(tile_starts(plan), np.arange(slots // 512) * 512)
+    found = np.asarray(live_ranges(jnp.array(low), jnp.array(high), plan, source))
+    np.testing.assert_array_equal(tile_starts(plan, source), np.arange(slots // 512) * 512)
     widths = set()
     for p, share in enumerate(plan.shares):
         for j, pair in enumerate(share.pairs):
             for g, blocks in enumerate(share.groups):
                 first, end = found[p, j, g]
-                assert 0 <= first <= end <= plan.live_tiles == slots // 512
+                assert 0 <= first <= end <= source.live_tiles == slots // 512
                 rows = np.concatenate(
                     [np.arange(b.first_token, b.first_token + b.tokens) for b in blocks]
                 )
                 seen = [
                     s // 512
                     for t in rows
-                    for s in (max(low[pair, t], 0), min(high[pair, t], plan.live_tiles * 512) - 1)
-                    if max(low[pair, t], 0) < min(high[pair, t], plan.live_tiles * 512)
+                    for s in (max(low[pair, t], 0), min(high[pair, t], source.live_tiles * 512) - 1)
+                    if max(low[pair, t], 0) < min(high[pair, t], source.live_tiles * 512)
                 ]
                 assert all(first <= tile < end for tile in seen)
                 widths.add((j, g, max(seen, default=-1) + 1 - min(seen, default=0)))

@@ -106,6 +106,62 @@ def visible(source: KeySource, token: int) -> range:
     return range(first, max(first, end))
 
 
+@given(
+    tokens=st.integers(1, 600),
+    slots=st.integers(1, 2500),
+    group=st.sampled_from([1, 9]),
+    programs=st.sampled_from([1, 2]),
+    pairs=st.sampled_from([1, 2]),
+)
+def test_every_row_is_in_one_round_or_in_none(
+    tokens: int, slots: int, group: int, programs: int, pairs: int
+) -> None:
+    sizes = {"heads": group * pairs, "kv_heads": pairs, "programs": programs}
+    made = plan(KeySource(slots, after=0), tokens=tokens, unrolled_steps=0, **sizes)
+    if len({(len(share.looped), len(share.groups)) for share in made.shares}) > 1:
+        assert made.rounds == made.sources[0].live_tiles == 0  # loops would not go alike
+    rows: Counter[tuple[int, int, int]] = Counter()
+    for share in made.shares:
+        blocks = [(b, i) for g in share.looped for b in g for i in range(made.rounds)]
+        blocks += [(b, 0) for g in share.groups for b in g]
+        rows.update(
+            (pair, block.first_head + h, block.first_token + i * block.stride + t)
+            for pair in share.pairs
+            for block, i in blocks
+            for h in range(block.heads)
+            for t in range(block.tokens)
+        )
+    every = ((k, h, t) for k in range(pairs) for h in range(group) for t in range(tokens))
+    assert rows == Counter(every)
+    for source in made.sources:
+        assert source.live_tiles in (0, slots // 1024)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("heads", [1, 8, 24])
+def test_the_text_of_a_long_launch_does_not_grow(heads: int, programs: int) -> None:
+    emitted = set()
+    for tokens in (1 << 13, 1 << 14):
+        made = causal(tokens, heads=heads, programs=programs, unrolled_steps=100)
+        assert made.rounds > 1
+        emitted.add(work(made, 0).emitted_steps)
+    assert len(emitted) == 1
+    assert emitted.pop() <= max(GROUP_BLOCKS, heads)
+
+
+def test_what_is_short_is_not_in_a_loop() -> None:
+    made = causal(8192, heads=8)
+    assert made.rounds == made.sources[0].live_tiles == 0
+    done = work(made)
+    assert done.emitted_steps == done.steps
+    assert done.squares <= 0.55 * done.all_squares
+
+
+def test_a_dense_bias_is_not_in_a_loop() -> None:
+    assert causal(8192, heads=8, has_bias=True, unrolled_steps=100).rounds == 0
+    assert causal(8192, heads=8, unrolled_steps=100).rounds > 0
+
+
 def test_causality_halves_the_work() -> None:
     done = work(causal(8192))
     assert done.squares <= 0.55 * done.all_squares

@@ -59,6 +59,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "flat": FLAT,
     "lengths and sinks": FLAT | {"key_value_seq_lengths": LENGTHS, "sinks": array(N)},
     "new keys beside": FLAT | NEW | {"key_value_seq_lengths": LENGTHS},
+    "rotated": FLAT | NEW | {"key_value_seq_lengths": LENGTHS, "rope": jax_tkg.RotaryEmbedding()},
     "paged": {"query": QUERY, "key": paged(), "key_value_seq_lengths": LENGTHS},
     "transposed keys": {"query": QUERY, "key": cache(layout="BKHS", dtype=jnp.bfloat16)},
     "8-bit floats with scales": {
@@ -130,11 +131,13 @@ def all_calls() -> dict[str, dict[str, Any]]:
     return found
 
 
-def lowered_layer(kind: str, implementation: Any, append_implementation: Any) -> Any:
+def lowered_layer(
+    kind: str, implementation: Any, append_implementation: Any, **options: Any
+) -> Any:
     """The decode step of a whole decoder layer: norm, projections, rotation, append, attention."""
     attention = AttentionConfig(
         model_dim=N * H, num_heads=N, num_kv_heads=K, head_dim=H, rope=jax_tkg.RotaryEmbedding(),
-        implementation=implementation, append_implementation=append_implementation,
+        implementation=implementation, append_implementation=append_implementation, **options,
     )  # fmt: skip
     config = DecoderConfig(vocab_size=64, num_layers=1, mlp_dim=64, attention=attention)
     made = nnx.eval_shape(lambda: LlamaDecoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
@@ -154,10 +157,12 @@ def lowered_layer(kind: str, implementation: Any, append_implementation: Any) ->
 
 def layer_calls() -> dict[str, list[dict[str, Any]]]:
     """What is in the file: the calls of a layer's decode step, in order."""
-    return {
-        kind: native_calls(lowered_layer(kind, OUTLINE, APPEND_OUTLINE))
-        for kind in ("flat", "paged")
-    }
+    found = {}
+    for kind in ("flat", "paged"):
+        found[kind] = native_calls(lowered_layer(kind, OUTLINE, APPEND_OUTLINE))
+        fused = lowered_layer(kind, OUTLINE, APPEND_OUTLINE, fused_rope=True)
+        found[f"{kind}, fused rope"] = native_calls(fused)
+    return found
 
 
 if __name__ == "__main__":
