@@ -3,6 +3,7 @@
 public call -> Operands (arrays) + AttentionProblem (static, validated) -> plan -> implementation
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -187,26 +188,26 @@ def explain(
         **kwargs: as for the op.
 
     Raises:
-        ValueError: as the op.
+        ValueError: as the op; for an unknown platform.
         TypeError: as the op.
     """
     op = Op(op)
     tried = candidates(implementation, op)
     platform = jax.default_backend() if platform is None else platform
     target = Target(platforms=(platform,))
-    leaves, tree = jax.tree.flatten((args, kwargs))
+    if platform not in (*PLATFORMS, jax.default_backend()):
+        raise ValueError(f"unknown platform {platform!r}; JAX has {', '.join(PLATFORMS)}.")
+    leaves, tree = jax.tree.flatten(_arguments_of(op, args, kwargs))
     is_array = [isinstance(x, jax.ShapeDtypeStruct | jax.Array) for x in leaves]
     found: list[tuple[AttentionProblem, Division | None]] = []
 
     def trace(arrays: list[Array]) -> None:
         given = iter(arrays)
         filled = [next(given) if a else x for a, x in zip(is_array, leaves, strict=True)]
-        call_args, call_kwargs = jax.tree.unflatten(tree, filled)
-        call_kwargs.pop("return_residual", None)
-        names = ("query", "key", "value", "bias", "mask")
-        given_args = dict(zip(names, call_args, strict=False))
-        sharding = sharding_of(call_kwargs.pop("sharding", None), (given_args | call_kwargs)["key"])
-        call = prepare(op=op, **given_args, **call_kwargs)
+        arguments = jax.tree.unflatten(tree, filled)
+        arguments.pop("return_residual", None)
+        sharding = sharding_of(arguments.pop("sharding", None), arguments["key"])
+        call = prepare(op=op, **arguments)
         found.append((call.problem, divided(call, tried, sharding)))
 
     jax.eval_shape(trace, [x for a, x in zip(is_array, leaves, strict=True) if a])
@@ -230,6 +231,22 @@ def explain(
         rotation=who,
         rejected=choice.rejected,
     )
+
+
+PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", "neuron")
+
+
+def _arguments_of(op: Op, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What a call gives to the op, by name; refuses what the op would."""
+    function: Any = attention_tkg
+    if op is Op.CTE:
+        from jax_tkg.prefill.attention import attention_cte
+
+        function = attention_cte
+    try:
+        return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(f"{op.value}: {error}.") from None
 
 
 ROTATED_BEFORE = (
@@ -341,7 +358,8 @@ def prepare(
         key_positions, key = key.key_positions(), key.kv
     kv = _layout(key, value, k_scale, v_scale)
     most = kv.shape.kv_len + beside if key_positions is None else None
-    lengths, starts = (_per_row(name, given, batch, most) for name, given in rows.items())
+    most_given = most if op is Op.TKG else None
+    lengths, starts = (_per_row(name, given, batch, most_given) for name, given in rows.items())
     if op is Op.CTE and lengths is not None and most is not None:
         lengths = jnp.minimum(lengths, most)  # so that what causality hides is known beforehand
     ops = Operands(
@@ -385,7 +403,7 @@ def _layout(key: Array | KVLayout, value: Array | None, k_scale: Scale, v_scale:
         )
     key, value = jnp.asarray(key), jnp.asarray(value)
     dtype = np.dtype(key.dtype)
-    kv = BSKH(key=key, value=value, k_scale=None, v_scale=None, dtype=dtype)
+    kv = BSKH(key, value)
     kv.check()
     heads = kv.shape.num_kv_heads
     return replace(

@@ -264,3 +264,19 @@ def test_explain_allocates_nothing() -> None:
 def test_explain_raises_as_the_op_does() -> None:
     with pytest.raises(ValueError, match="same head_dim"):
         jax_tkg.explain(QUERY[..., :8], KEY, KEY)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((QUERY,), {}, TypeError, "attention_tkg: missing a required argument: 'key'"),
+        ((QUERY, KEY, KEY, None, None, KEY), {}, TypeError, "too many positional arguments"),
+        ((QUERY, KEY, KEY), {"key_bounds": KEY}, TypeError, "unexpected keyword .* 'key_bounds'"),
+        ((QUERY, KEY, KEY), {"platform": "trainium"}, ValueError, "'trainium'; JAX has .* neuron"),
+    ],
+)
+def test_explain_takes_what_the_op_takes(
+    args: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        jax_tkg.explain(*args, **options)

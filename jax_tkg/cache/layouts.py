@@ -49,14 +49,19 @@ class KVLayout(abc.ABC):
         value: stored values; the head size `Hv` may differ from the keys'.
         k_scale: float32 `[1 or B, K]` or None; a key is `stored * k_scale`.
         v_scale: likewise for values.
-        dtype: the logical dtype (see `jax_tkg.cache.storage`).
+        dtype: the logical dtype (see `jax_tkg.cache.storage`), by default that of the keys.
     """
 
     key: Leaf
     value: Leaf
-    k_scale: Leaf | None
-    v_scale: Leaf | None
-    dtype: np.dtype
+    k_scale: Leaf | None = None
+    v_scale: Leaf | None = None
+    dtype: np.dtype = None  # type: ignore[assignment]  # until it has been made
+
+    def __post_init__(self) -> None:
+        """Takes the dtype as NumPy has it."""
+        dtype = self.key.dtype if self.dtype is None else self.dtype
+        object.__setattr__(self, "dtype", np.dtype(dtype))
 
     name: ClassVar[str]
     heads_contiguous: ClassVar[bool]

@@ -1,6 +1,6 @@
 """The paged layout: a pool of pages that all sequences share, and a table of whose is which."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import jax
@@ -32,7 +32,7 @@ class Paged(KVLayout):
     `[B, pages_per_sequence]`, -1 for an unused entry.
     """
 
-    page_indices: Leaf
+    page_indices: Leaf = field(kw_only=True)
 
     name: ClassVar[str] = "paged"
     heads_contiguous: ClassVar[bool] = False

@@ -133,7 +133,8 @@ def head_scale(scale: Scale, dtype: np.dtype, num_kv_heads: int, name: str) -> A
     """A scale given as a number or `[K]`, as float32 `[1, K]`; 1 for an 8-bit type without one.
 
     Raises:
-        ValueError: if it has another shape, is known not to be positive, or the dtype has no scale.
+        ValueError: if it has another shape, is known not to be positive, or the dtype has
+            no scale.
     """
     if not is_quantised(dtype):
         if scale is not None:
@@ -146,10 +147,10 @@ def head_scale(scale: Scale, dtype: np.dtype, num_kv_heads: int, name: str) -> A
         raise ValueError(
             f"{name} must be a number or one per KV head ({num_kv_heads},); got {array.shape}."
         )
-    if not isinstance(array, jax.core.Tracer) and not bool(
-        jnp.all((array > 0) & (array < jnp.inf))
-    ):
-        raise ValueError(f"{name} must be positive and finite; got {array}.")
+    if scale is not None and not isinstance(scale, jax.Array):
+        numbers = np.asarray(scale, np.float32)
+        if not np.all((numbers > 0) & np.isfinite(numbers)):
+            raise ValueError(f"{name} must be positive and finite; got {scale}.")
     return jnp.broadcast_to(array, (1, num_kv_heads))
 
 

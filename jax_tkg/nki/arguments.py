@@ -13,7 +13,7 @@ from jax_tkg._typing import Array
 from jax_tkg.cache import storage
 from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.cache.paged import Paged
-from jax_tkg.masks import default_query_positions
+from jax_tkg.masks import NO_POSITION, default_query_positions
 from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 512
 NO_PAGE = -1
+LARGEST_BIAS = 1.0e38
+EXACT = 1 << 23
 LAYOUTS = ("BSKH", "BKSH", "BKHS", "paged")
 
 
@@ -128,6 +130,14 @@ def hides_in_dense(problem: AttentionProblem) -> bool:
     return problem.mask is not None and problem.mask[::2] == (problem.batch, problem.num_tokens)
 
 
+def biases(given: Array) -> Array:
+    """Biases as kernels take them, float32: what makes a logit infinite makes it very large.
+
+    Then the difference of two is a number, and that of a masked one and any other weighs nothing.
+    """
+    return jnp.minimum(given.astype(jnp.float32), LARGEST_BIAS)
+
+
 def kernel_arguments(
     problem: AttentionProblem, ops: Operands, plan: "KernelPlan"
 ) -> dict[str, Array]:
@@ -146,6 +156,9 @@ def kernel_arguments(
         positions = default_query_positions(total, problem.num_tokens)
     interval = problem.rule.interval(positions, start[:, None], (total - beside)[:, None])
     bounds = jnp.stack([jnp.broadcast_to(x, positions.shape) for x in interval])
+    key_positions = ops.key_positions
+    if key_positions is not None:
+        bounds, key_positions = _near_zero(bounds, key_positions)
     if plan.features.sees_alike:
         bounds = bounds[:, :, :1]
     arrays: dict[str, Any] = {
@@ -153,11 +166,11 @@ def kernel_arguments(
         "key": storage.logical(ops.kv.key, ops.kv.dtype),
         "value": storage.logical(ops.kv.value, ops.kv.dtype),
         "bounds": bounds.astype(jnp.float32),
-        "positions": ops.key_positions,
+        "positions": key_positions,
         "page_rows": None,
         "sinks": _sinks(problem, ops),
         "hidden": None,
-        "bias": None if ops.bias is None else _by_key(ops.bias, plan).astype(jnp.float32),
+        "bias": None if ops.bias is None else _by_key(biases(ops.bias), plan),
     }
     if ops.mask is not None:
         seen = ops.mask[..., : plan.slots]
@@ -189,6 +202,20 @@ def kernel_arguments(
         tables = jnp.concatenate([counts, starts.reshape(*starts.shape[:2], -1)], axis=2)
         arrays |= {"live_tiles": tables, "live_edges": edges}
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _near_zero(bounds: Array, key_positions: Array) -> tuple[Array, Array]:
+    """The same comparisons of a row's positions with none of its keys' beyond what float32 holds.
+
+    Rows that have gone on for longer are counted from 2^23 tokens before their last one; a ring
+    holds no earlier ones.
+    """
+    base = jnp.maximum(jnp.max(key_positions, axis=1, keepdims=True), EXACT) - EXACT
+    low, high = bounds
+    return (
+        jnp.stack([jnp.maximum(low - base, 0), high - base]),
+        jnp.maximum(key_positions - base, NO_POSITION),
+    )
 
 
 def _seen_slots(ops: Operands, interval: tuple[Array, Array]) -> Array:
@@ -251,7 +278,7 @@ def _new_arrays(
     }
     if ops.bias is not None:
         full = jnp.broadcast_to(ops.bias, (*ops.bias.shape[:2], tokens, ops.bias.shape[3]))
-        arrays["new_bias"] = by_row(by_key(full)).astype(jnp.float32)
+        arrays["new_bias"] = by_row(by_key(biases(full)))
     return arrays
 
 

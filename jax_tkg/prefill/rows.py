@@ -58,7 +58,7 @@ def _sources(ops: Operands) -> tuple[KVLayout, ...]:
         return (ops.kv,)
     dtype = np.dtype(jnp.promote_types(ops.new_key.dtype, ops.new_value.dtype))
     key, value = (x.astype(dtype) for x in (ops.new_key, ops.new_value))
-    return ops.kv, BSKH(key=key, value=value, k_scale=None, v_scale=None, dtype=dtype)
+    return ops.kv, BSKH(key, value)
 
 
 class _TileStep:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_tkg import absmax_scale
+from jax_tkg import BSKH, Paged, absmax_scale, attention_tkg
 from jax_tkg.cache import storage
 from tests.cache.model import DTYPES
 
@@ -109,3 +109,18 @@ def test_absmax_scale_of_nothing_divides(dtype: np.dtype) -> None:
 def test_only_8_bit_types_have_scales() -> None:
     with pytest.raises(ValueError, match=r"scales are for int8 and 8-bit floats; got float32"):
         absmax_scale(jnp.ones((1, 1, 1, 1)), np.dtype(np.float32))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_layouts_need_no_more_than_their_arrays() -> None:
+    key = jnp.ones((2, 4, 1, 8), jnp.bfloat16)
+    layout = BSKH(key, key)
+    assert (layout.k_scale, layout.v_scale, layout.dtype) == (None, None, np.dtype(jnp.bfloat16))
+    for dtype in ("bfloat16", jnp.bfloat16):
+        assert BSKH(key, key, dtype=dtype).dtype == key.dtype  # type: ignore[arg-type]
+    table = jnp.array([[1, 0], [0, -1]])
+    lengths = jnp.array([8, 3])
+    pages = jnp.moveaxis(key, 2, 1)
+    paged = Paged(pages, pages, page_indices=table)
+    out = attention_tkg(key[:, :1], paged, key_value_seq_lengths=lengths)
+    np.testing.assert_array_equal(out, np.ones((2, 1, 1, 8)))

@@ -251,3 +251,14 @@ def test_neuron_can_run(name: str) -> None:
 def test_says_what_is_wrong(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         jax_tkg.attention_cte(*arrays(), **options)
+
+
+def test_lengths_beyond_the_keys_count_as_all_of_them() -> None:
+    array = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 2, 4)), jnp.float32)
+
+    def attend(lengths: Any) -> jax.Array:
+        return jax_tkg.attention_cte(array, array, array, key_value_seq_lengths=lengths)
+
+    want = attend(jnp.array([8, 3]))
+    for lengths in ([30, 3], jnp.array([30, 3])):
+        np.testing.assert_array_equal(attend(lengths), want)

@@ -166,7 +166,7 @@ def write_at(
 
 
 def _bskh(key: Array, value: Array) -> BSKH:
-    return BSKH(key=key, value=value, k_scale=None, v_scale=None, dtype=np.dtype(key.dtype))
+    return BSKH(key, value)
 
 
 def _full_mask(mask: Array | None, batch: int, slots: int) -> Array | None:

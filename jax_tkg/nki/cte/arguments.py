@@ -12,7 +12,7 @@ from jax_tkg._typing import Array
 from jax_tkg.cache import storage
 from jax_tkg.cache.paged import Paged
 from jax_tkg.masks import NO_POSITION, default_query_positions
-from jax_tkg.nki.arguments import Launch, Named, has_scales, page_rows
+from jax_tkg.nki.arguments import Launch, Named, biases, has_scales, page_rows
 from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
@@ -163,7 +163,7 @@ def kernel_arguments(
         "sinks": None if ops.sinks is None else jnp.minimum(_float32(ops.sinks), HIGHEST),
         "slopes": None if ops.alibi_slopes is None else _float32(ops.alibi_slopes),
         "hidden": None if ops.mask is None else (~ops.mask).astype(jnp.uint8),
-        "bias": None if ops.bias is None else _float32(ops.bias),
+        "bias": None if ops.bias is None else biases(ops.bias),
     }
     beside = problem.num_tokens if problem.has_new_kv else 0
     zeros = jnp.zeros((problem.batch,), jnp.int32)

@@ -1,0 +1,58 @@
+"""Numbers at the ends of their ranges: the kernels answer as the other implementations do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_tkg
+from jax_tkg.nki.implementation import NkiInterpret
+
+ONE, TWO = NkiInterpret(programs=1), NkiInterpret(programs=2)
+
+
+def of_random(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def assert_as_reference(op: Any, *given: Any, by: Any, **options: Any) -> None:
+    want = op(*given, **options, implementation="reference")
+    np.testing.assert_allclose(op(*given, **options, implementation=by), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [3, 39])
+@pytest.mark.parametrize("by", [ONE, TWO])
+def test_an_infinite_bias_takes_all_and_hides_no_mask(by: NkiInterpret, at: int) -> None:
+    """The last key is hidden from the first of the two tokens."""
+    query, key = of_random(1, 2, 2, 16), of_random(1, 40, 1, 16)
+    bias = jnp.zeros((1, 1, 1, 40)).at[..., at].set(jnp.inf)
+    assert_as_reference(jax_tkg.attention_tkg, query, key, key, bias=bias, by=by)
+    assert_as_reference(jax_tkg.attention_cte, query, key, key, bias=bias, by="nki_interpret")
+
+
+@pytest.mark.parametrize("first", [5, 2**23 - 8, 2**24, 2**29])
+@pytest.mark.parametrize("by", [ONE, TWO])
+def test_positions_beyond_what_float32_holds(by: NkiInterpret, first: int) -> None:
+    query, key = of_random(1, 2, 2, 16), of_random(1, 16, 1, 16)
+    options = {
+        "key_positions": first + jnp.arange(16)[None],
+        "key_value_seq_lengths": jnp.array([first + 16]),
+        "local_window_size": (2, 0),
+    }
+    assert_as_reference(jax_tkg.attention_tkg, query, key, key, **options, by=by)
+
+
+@pytest.mark.parametrize("by", [ONE, TWO])
+def test_windows_far_apart(by: NkiInterpret) -> None:
+    """Between them are values that no token sees, and the tiles of a loop that has a few only."""
+    positions = jnp.array([[220, 41, 290, 139, 90, 900]])
+    key = of_random(1, 1024, 1, 16)
+    near = np.asarray(positions)[0][:, None] - np.arange(4)
+    value = jnp.full_like(key, jnp.nan).at[0, near].set(key[0, near])
+    query = of_random(1, 6, 2, 16)
+    options = {"query_positions": positions, "local_window_size": (3, 0)}
+    assert_as_reference(jax_tkg.attention_tkg, query, key, value, **options, by=by)
