@@ -275,7 +275,7 @@ def test_explain_raises_as_the_op_does() -> None:
         ((QUERY, KEY, KEY), {"platform": "trainium"}, ValueError, "'trainium'; JAX has .* neuron"),
     ],
 )
-def test_explain_takes_what_the_op_takes(
+def test_explain_refuses_what_the_op_refuses(
     args: Any, options: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
