@@ -97,7 +97,7 @@ def test_the_order_of_pages_does_not_matter(form, seed, lengths):
     for order in (np.arange(B * count), rng.permutation(B * count)):
         key, value = (jnp.asarray(pool[np.argsort(order)]) for pool in pools)
         pages = jnp.asarray(order.reshape(B, count), jnp.int32)
-        kv = jax_tkg.Paged(key, value, None, None, np.dtype(np.float32), page_indices=pages)
+        kv = jax_tkg.Paged(key, value, page_indices=pages)
         given_kv = {"query": arrays["query"], "key": kv}
         results.append(attend(form, given_kv, key_value_seq_lengths=lengths))
     assert_same(*results)

@@ -79,13 +79,14 @@ class Paged(KVLayout):
             return slice_in_loop(pool, "PKLH", {"P": (pages[i], 1), "K": (head, 1)})[0, 0]
 
         def copy(i: Array, tile: Array) -> Array:
-            return lax.dynamic_update_slice(tile, read(i), (i * page_len, jnp.int32(0)))
+            at = i.astype(jnp.int32) * page_len  # also where JAX counts in 64 bits
+            return lax.dynamic_update_slice(tile, read(i), (at, jnp.int32(0)))
 
         if count <= UNROLLED_PAGES:
             stored = jnp.concatenate([read(i) for i in range(count)])
         else:
             tile = jnp.zeros((count * page_len, width), jax.eval_shape(read, 0).dtype)
-            stored = lax.fori_loop(jnp.int32(0), count, copy, tile)
+            stored = lax.fori_loop(0, count, copy, tile)
         return storage.decode(stored, self.dtype, np.dtype(np.float32))
 
     def block(
@@ -160,7 +161,7 @@ class Paged(KVLayout):
                 for pool, new in zip(pools, (new_key, new_value), strict=True)
             )
 
-        pools = lax.fori_loop(jnp.int32(0), batch * num_tokens, write_token, (self.key, self.value))
+        pools = lax.fori_loop(0, batch * num_tokens, write_token, (self.key, self.value))
         return replace(self, key=pools[0], value=pools[1])
 
     def write_split(

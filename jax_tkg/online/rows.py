@@ -41,10 +41,9 @@ def attend_rows(
     tiles = TileRanges.create(masks, masks.cached, plan.tile)
     sinks = None if ops.sinks is None else grouped_sinks(ops.sinks, problem)
 
-    zero = jnp.int32(0)  # also where JAX counts in 64 bits
-
     def attend_row(r: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        batch, head = r // problem.num_kv_heads, r % problem.num_kv_heads
+        r = r.astype(jnp.int32)  # also where JAX counts in 64 bits
+        batch, head, zero = r // problem.num_kv_heads, r % problem.num_kv_heads, jnp.int32(0)
         step = _RowStep(
             problem, ops, plan, masks.row(batch, head), queries[batch, head], batch, head
         )
@@ -70,7 +69,7 @@ def attend_rows(
     if plan.whole_first:
         done, empty = try_whole(problem, ops, plan)
         rows = jnp.where(done, 0, rows)
-    out, lse = lax.fori_loop(zero, rows, attend_row, empty)
+    out, lse = lax.fori_loop(0, rows, attend_row, empty)
     return ungrouped(out, problem.num_tokens), ungrouped(lse, problem.num_tokens)
 
 
@@ -109,7 +108,7 @@ class TileRanges:
         def fold_edge(i: Array, state: State) -> State:
             return edge(jnp.where(i < before, first + i, full_end + i - before), state)
 
-        return lax.fori_loop(jnp.int32(0), before + end - full_end, fold_edge, state)
+        return lax.fori_loop(0, before + end - full_end, fold_edge, state)
 
 
 class TileBuffers(NamedTuple):

@@ -26,6 +26,7 @@ def prefill_rows(problem: AttentionProblem, ops: Operands, plan: PrefillPlan) ->
     tiles = len(plan.cached.spans)
 
     def attend(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        i = i.astype(jnp.int32)  # also where JAX counts in 64 bits
         row, tile = i // tiles, i % tiles
         batch, head = row // problem.num_kv_heads, row % problem.num_kv_heads
         at = jnp.minimum(tile * tokens, problem.num_tokens - tokens)
@@ -48,8 +49,7 @@ def prefill_rows(problem: AttentionProblem, ops: Operands, plan: PrefillPlan) ->
     rows = (problem.batch, problem.num_tokens, problem.num_heads)
     of_rows = (jnp.zeros(rows, jnp.float32),) * (1 if problem.normalize else 2)
     empty = (jnp.zeros((*rows, problem.value_head_dim), jnp.float32), *of_rows)
-    first = jnp.int32(0)  # also where JAX counts in 64 bits
-    return lax.fori_loop(first, problem.batch * problem.num_kv_heads * tiles, attend, empty)
+    return lax.fori_loop(0, problem.batch * problem.num_kv_heads * tiles, attend, empty)
 
 
 def _sources(ops: Operands) -> tuple[KVLayout, ...]:

@@ -111,7 +111,7 @@ def test_the_tiles_walked_are_those_with_something_visible() -> None:
 
 def test_tiles_are_whole_pages() -> None:
     pages = jnp.zeros((5, 2, 48, 64))
-    kv = jax_tkg.Paged(pages, pages, None, None, np.dtype(np.float32), jnp.zeros((1, 8), jnp.int32))
+    kv = jax_tkg.Paged(pages, pages, page_indices=jnp.zeros((1, 8), jnp.int32))
     described = prepare(jnp.zeros((1, 200, 4, 64)), kv, op=Op.CTE).problem
     made = divided(
         described, Form.ROWS, query_tile=64, key_tile=100, dtype=np.dtype(np.float32), reason=""

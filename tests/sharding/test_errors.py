@@ -74,9 +74,9 @@ def test_sizes_that_do_not_divide(sizes: Any, options: Any, message: str) -> Non
 
 def test_pages_that_do_not_divide() -> None:
     def call(pages: int, columns: int, **options: Any) -> None:
-        pool, f32 = jnp.zeros((pages, K, 8, H)), np.dtype(np.float32)
+        pool = jnp.zeros((pages, K, 8, H))
         table = jnp.zeros((B, columns), jnp.int32)
-        kv = jax_tkg.Paged(pool, pool, None, None, f32, table)
+        kv = jax_tkg.Paged(pool, pool, page_indices=table)
         jax_tkg.attention_tkg(
             jnp.zeros((B, T, N, H)), kv, sharding=AttentionSharding(make_mesh("all", 8), **options)
         )
