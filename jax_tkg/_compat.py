@@ -162,11 +162,6 @@ def mesh_to_map(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh | None:
     return None
 
 
-def is_auto_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether the compiler may split the arrays of this computation between devices."""
-    return devices_to_partition(ctx) > 1
-
-
 def devices_to_partition(ctx: mlir.LoweringRuleContext) -> int:
     """Between how many devices the compiler may split the arrays of this computation."""
     axis_context: Any = ctx.module_context.axis_context

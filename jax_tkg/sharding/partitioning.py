@@ -209,12 +209,7 @@ def _partition(
             "jax.sharding.NamedSharding, or say it with sharding=jax_tkg.sharding."
             "AttentionSharding(mesh, ...)."
         )
-    lie = [
-        tuple(_names(entry) for entry in (*x.sharding.spec, *(None,) * len(x.shape)))[
-            : len(x.shape)
-        ]
-        for x in operands
-    ]
+    lie = [_axes_of(x) for x in operands]
     local = rule.local(mesh, lie, operands, host)
     named = partial(NamedSharding, mesh)
     return mesh, local.run, tuple(map(named, local.results)), tuple(map(named, local.operands))
