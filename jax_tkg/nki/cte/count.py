@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from jax_tkg.nki.cte.plan import PrefillPlan, visits_of
-from jax_tkg.nki.cte.tiles import has_bounds, whole_tile
+from jax_tkg.nki.cte.plan import PrefillPlan, loop_end, visits_of
+from jax_tkg.nki.cte.tiles import KeySource, RowBlock, has_bounds, whole_tile
 from jax_tkg.nki.rows import PARTITIONS
 
 
@@ -40,12 +40,13 @@ def work(plan: PrefillPlan, program: int | None = None) -> Work:
             every += times * slots * len(blocks)
             for source in plan.sources:
                 tile = whole_tile(source, plan.tile_keys)
-                live = times * source.live_tiles * len(blocks)
+                tiles = pairs * _live_tiles(plan, source, blocks[0], tile.keys)
+                live = tiles * len(blocks)
                 squares += live * tile.subtiles
                 steps += live
-                masked += live if has_bounds(source) else 0
+                masked += live if has_bounds(source) and not source.is_diagonal else 0
                 emitted += pairs * len(blocks) if source.live_tiles else 0
-                loaded += times * source.live_tiles * tile.keys
+                loaded += tiles * tile.keys
             for visit in visits_of(plan, blocks):
                 loaded += times * visit.tile.keys
                 steps += times * len(visit.steps)
@@ -53,3 +54,12 @@ def work(plan: PrefillPlan, program: int | None = None) -> Work:
                 masked += times * sum(step.is_masked for step in visit.steps)
                 squares += times * sum(-(-step.keys // PARTITIONS) for step in visit.steps)
     return Work(squares, steps, masked, loaded, every, emitted)
+
+
+def _live_tiles(plan: PrefillPlan, source: KeySource, block: RowBlock, size: int) -> int:
+    """Tiles that loops at run time visit for a group with this block, in all its rounds."""
+    rounds = range(plan.rounds) if block.stride else range(1)
+    if not source.is_diagonal:
+        return source.live_tiles * len(rounds)
+    end = loop_end(plan, source, block)
+    return sum((i * block.stride + end) // size for i in rounds)

@@ -212,12 +212,13 @@ def attend_live_tiles(
     drain(place.pipeline, inputs, outputs, plan)
     first, end = live_range(s, inputs, plan, place)
     source = plan.sources[s]
-    like, kept, is_masked = whole_tile(source, plan.tile_keys), [], has_bounds(source)
+    like, kept = whole_tile(source, plan.tile_keys), []
+    is_masked = has_bounds(source) and not source.is_diagonal
     for mine in rows:
         kept.append(mine.neg_max)
 
     def attend(i: Any) -> None:
-        tile = KeyTile(s, 0, like.keys, like.subtiles, like.partitions, True, i)
+        tile = KeyTile(s, 0, like.keys, like.subtiles, like.partitions, True, like.keys, i)
         keys = load_keys(inputs, tile, rows[0].pair, plan)
         for b in range(len(rows)):
             work = Work(rows[b], keys, Step(b, 0, tile.keys, is_masked))

@@ -1,9 +1,10 @@
 """Which tiles of the cache each group of row blocks visits: from the bounds, on the device."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from jax_tkg._typing import Array
-from jax_tkg.nki.cte.plan import PrefillPlan
+from jax_tkg.nki.cte.plan import PrefillPlan, loop_end
 from jax_tkg.nki.cte.tiles import KeySource, RowBlock, whole_tile
 
 
@@ -11,7 +12,7 @@ def live_ranges(low: Array, high: Array, plan: PrefillPlan, source: KeySource) -
     """The first live tile that is visited and the one behind the last: see `SourceArrays.live`.
 
     Loops go alike on all programs: where one has less to see it visits more tiles than it needs,
-    which are masked.
+    which are masked. Those of a diagonal source end with what all rows of a round see.
 
     Args:
         low: int `[B, T]`: token t of row b sees slots low <= s < high.
@@ -20,6 +21,8 @@ def live_ranges(low: Array, high: Array, plan: PrefillPlan, source: KeySource) -
         source: of the plan, with live tiles.
     """
     size, tiles = whole_tile(source, plan.tile_keys).keys, source.live_tiles
+    if source.is_diagonal:
+        return _of_diagonal(plan, source, size)
     low, high = jnp.clip(low, 0, tiles * size), jnp.clip(high, 0, tiles * size)
     of_programs = []
     for share in plan.shares:
@@ -36,6 +39,19 @@ def live_ranges(low: Array, high: Array, plan: PrefillPlan, source: KeySource) -
     first, count = found[..., 0], jnp.max(found[..., 1] - found[..., 0], axis=0, keepdims=True)
     first = jnp.minimum(first, tiles - count)
     return jnp.stack([first, first + count], axis=-1).astype(jnp.int32)
+
+
+def _of_diagonal(plan: PrefillPlan, source: KeySource, size: int) -> Array:
+    """Likewise: it follows from the round alone."""
+    of_programs = []
+    for share in plan.shares:
+        starts = np.arange(plan.rounds)[:, None] * plan.stride
+        ends = starts + np.array([[loop_end(plan, source, blocks[0]) for blocks in share.looped]])
+        others = [loop_end(plan, source, blocks[0]) for blocks in share.groups]
+        behind = np.concatenate([ends.reshape(-1), np.array(others)]) // size
+        ranges = np.stack([np.zeros_like(behind), behind], axis=-1).astype(np.int32)
+        of_programs.append(np.broadcast_to(ranges, (len(share.pairs), *ranges.shape)))
+    return jnp.array(np.stack(of_programs))
 
 
 def _tokens(blocks: tuple[RowBlock, ...]) -> list[int]:

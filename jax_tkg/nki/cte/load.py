@@ -111,7 +111,8 @@ def load_bounds(source: KeySource, arrays: SourceArrays, block: RowBlock, pair: 
     """Bounds of what each row sees, `[R, 2]`; made here where they follow from the plan."""
     if not has_bounds(source):
         return None
-    if not source.is_exact or block.heads > 1 or block.stride > 0:
+    moves_on = block.stride > 0 and not source.is_diagonal
+    if not source.is_exact or block.heads > 1 or moves_on:
         return load_token_columns(arrays.bounds[:, pair.batch], block)
     bounds = nl.ndarray((block.rows, 2), nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=bounds[:, 0:1], value=0.0, engine=nisa.engine.gpsimd)

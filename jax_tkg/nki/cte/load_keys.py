@@ -6,7 +6,15 @@ from jax_tkg.nki.buffers import chunks
 from jax_tkg.nki.cte.load import load_everywhere
 from jax_tkg.nki.cte.plan import PrefillPlan
 from jax_tkg.nki.cte.state import Constants, Inputs, Keys, Pair, SourceArrays
-from jax_tkg.nki.cte.tiles import BANK_KEYS, KeySource, KeyTile, columns_of, in_runs
+from jax_tkg.nki.cte.tiles import (
+    BANK_KEYS,
+    KeySource,
+    KeyTile,
+    columns_of,
+    has_bounds,
+    in_runs,
+    whole_tile,
+)
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.rows import PARTITIONS
 from jax_tkg.nki.steps.load import GATHER_ROWS, operand_dtype
@@ -22,10 +30,14 @@ def load_keys(inputs: Inputs, tile: KeyTile, pair: Pair, plan: PrefillPlan) -> K
         position = load_positions(source, arrays, tile, pair, consts)
     if source.has_holes:
         holes = load_key_row(arrays.holes, tile, pair, consts.short_ones)
-    if tile.index != None:  # noqa: E711  (the kernel language has no `is`)
-        first_slot = load_everywhere(arrays.tile_starts[nl.ds(tile.index, 1)], consts.ones)
-        if position != None:  # noqa: E711
+    # Around a diagonal, bounds and tiles both count from the round.
+    has_absolute_bounds = has_bounds(source) and not source.is_diagonal
+    if tile.index != None and (has_absolute_bounds or position != None):  # noqa: E711
+        first_slot = load_everywhere(first_of_stride(arrays, tile, plan), consts.ones)
+        if position != None:  # noqa: E711  (the kernel language has no `is`)
             nisa.tensor_scalar(dst=position, data=position, op0=nl.add, operand0=first_slot)
+        if not has_absolute_bounds:
+            first_slot = None
     logit_scale, value_scale = None, None
     if source.has_scales:
         logit_scale = consts.logit_scales[:, pair.index : pair.index + 1]
@@ -43,21 +55,27 @@ def load_keys(inputs: Inputs, tile: KeyTile, pair: Pair, plan: PrefillPlan) -> K
     )
 
 
-def tile_of(memory: Any, axis: int, keys: int, start: int, index: Any) -> Any:
-    """What belongs to a tile along an axis of slots, or of runs of slots.
+def tile_of(memory: Any, axis: int, tile: KeyTile, run: int = 1) -> Any:
+    """What belongs to a tile along an axis of runs of so many slots.
 
-    Args:
-        memory: in HBM.
-        axis: which.
-        keys: so many entries.
-        start: the first of them, if there is no index.
-        index: a register that counts tiles, or None.
+    A tile with a stride lies within one of the pieces that long into which the axis is cut.
     """
-    if index == None:  # noqa: E711  (the kernel language has no `is`)
+    keys, start, stride = tile.keys // run, tile.start // run, tile.stride // run
+    if stride == 0:
         return memory.slice(axis, start, start + keys)
-    tiles = memory.shape[axis] // keys
-    by_tile = memory.slice(axis, 0, tiles * keys).reshape_dim(axis, (tiles, keys))
-    return by_tile.select(axis, index)
+    skipped, first = start // stride * stride, start % stride
+    count = (memory.shape[axis] - skipped) // stride
+    pieces = memory.slice(axis, skipped, skipped + count * stride)
+    mine = pieces.reshape_dim(axis, (count, stride)).select(axis, tile.index)
+    return mine.slice(axis, first, first + keys)
+
+
+def first_of_stride(arrays: SourceArrays, tile: KeyTile, plan: PrefillPlan) -> Any:
+    """Index times stride of a tile: float32 `[1]`."""
+    every = tile.stride // whole_tile(plan.sources[tile.source], plan.tile_keys).keys
+    count = arrays.tile_starts.shape[0] // every
+    by_stride = arrays.tile_starts[nl.ds(0, count * every)].reshape_dim(0, (count, every))
+    return by_stride[nl.ds(tile.index, 1), 0]
 
 
 def load_positions(
@@ -73,8 +91,7 @@ def load_positions(
 
 def load_key_row(source: Any, tile: KeyTile, pair: Pair, ones: Any) -> Any:
     """A number of each key of a tile, `[B, S]`, in every partition: `[128, keys]`."""
-    mine = tile_of(source[pair.batch], 0, tile.keys, tile.start, tile.index)
-    return load_everywhere(mine, ones)
+    return load_everywhere(tile_of(source[pair.batch], 0, tile), ones)
 
 
 def pair_slots(tensor: Any, layout: str, pair: Pair) -> Any:
@@ -92,7 +109,7 @@ def load_natural(memory: Any, layout: str, dtype: Any, tile: KeyTile, pair: Pair
         nisa.dma_copy(dst=loaded, src=pool_rows(memory, tile).vector_select(0, rows))
         return loaded
     mine = pair_slots(memory, layout, pair)
-    load_slots(loaded, tile_of(mine, 0, tile.keys, tile.start, tile.index), tile)
+    load_slots(loaded, tile_of(mine, 0, tile), tile)
     return loaded
 
 
@@ -121,7 +138,7 @@ def load_page_rows(arrays: SourceArrays, tile: KeyTile, pair: Pair) -> Any:
     """Where the runs of a tile are in the pool, for keys and values: int32 `[partitions, 1]`."""
     rows = nl.ndarray((tile.partitions, 1), nl.int32, buffer=nl.sbuf)
     runs = arrays.page_rows[pair.batch, pair.kv_head]
-    wanted = tile_of(runs, 0, tile.partitions, tile.start // tile.subtiles, tile.index)
+    wanted = tile_of(runs, 0, tile, tile.subtiles)
     nisa.dma_copy(dst=rows, src=wanted.reshape((tile.partitions, 1)))
     return rows
 
@@ -159,11 +176,11 @@ def load_turned_keys(
             turn_keys(turned, natural[:, :, part], tile)
         elif source.layout == "BKHS":
             slots = pair_slots(arrays.key, "BKHS", pair)[part, :]
-            mine = tile_of(slots, 1, tile.keys, tile.start, tile.index)
+            mine = tile_of(slots, 1, tile)
             nisa.dma_copy(dst=turned, src=mine)
         else:
             slots = pair_slots(arrays.key, source.layout, pair)
-            mine = tile_of(slots, 0, tile.keys, tile.start, tile.index)
+            mine = tile_of(slots, 0, tile)
             nisa.dma_transpose(dst=turned, src=mine[:, part])
         loaded.append(turned)
     return loaded
@@ -225,7 +242,7 @@ def clear_unseen(slots: Any, unseen: Any, tile: KeyTile, pair: Pair) -> None:
     head = pair.kv_head if unseen.shape[1] > 1 else 0
     p, n, width = slots.shape
     flags = nl.ndarray((p, n, 1), nl.uint8, buffer=nl.sbuf)
-    mine = tile_of(unseen[pair.batch, head], 0, tile.keys, tile.start, tile.index)
+    mine = tile_of(unseen[pair.batch, head], 0, tile)
     load_slots(flags, mine.expand_dim(1), tile)
     clear = flags.broadcast(2, width)
     whole = n if tile.in_runs else tile.keys // PARTITIONS

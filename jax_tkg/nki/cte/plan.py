@@ -15,6 +15,7 @@ from jax_tkg.nki.cte.tiles import (
     KeySource,
     RowBlock,
     Visit,
+    following,
     key_tiles,
     ordered,
     seen_by,
@@ -68,6 +69,7 @@ class PrefillPlan(nl.NKIObject):
         normalize: the output is divided by the sum.
         tile_keys: most keys of a tile.
         rounds: of a loop at run time over row blocks; 0 without one.
+        stride: tokens of a round.
         programs: of the launch.
         sharding: "none", "pairs" or "rows".
         shares: one for each program.
@@ -92,6 +94,7 @@ class PrefillPlan(nl.NKIObject):
     normalize: bool
     tile_keys: int
     rounds: int
+    stride: int
     programs: int
     sharding: str
     shares: tuple[Share, ...]
@@ -158,13 +161,16 @@ def make_plan(
         sharding, reason = "pairs", f"{pairs} pairs"
     elif programs == 2:
         sharding, reason = "rows", f"{pairs} pair(s), an odd number, of {len(blocks)} row blocks"
-    shares, rounds = shares_of(pairs, blocks, sources, sharding), 0
+    shares, rounds, stride = shares_of(pairs, blocks, sources, sharding), 0, 0
     can_loop = not has_mask and not has_bias
     is_long = can_loop and max(steps_in(s, sources, tile_keys) for s in shares) > unrolled_steps
+    looped = tuple(with_live_tiles(s, is_long, tile_keys) for s in sources)
     if is_long:
-        shares, rounds = in_rounds(pairs, tokens, group, sources, sharding)
+        stride = stride_of(group, looped, sharding, tile_keys)
+        rounds = rounds_of(tokens, stride, looped, tile_keys)
+        shares, rounds = in_rounds(pairs, tokens, group, looped, sharding, stride, rounds)
     if can_loop and all(s.groups or rounds for s in shares):
-        sources = tuple(with_live_tiles(s, is_long, tile_keys) for s in sources)
+        sources = looped
     return PrefillPlan(
         batch=batch,
         tokens=tokens,
@@ -184,6 +190,7 @@ def make_plan(
         normalize=normalize,
         tile_keys=tile_keys,
         rounds=rounds,
+        stride=stride if rounds else 0,
         programs=programs,
         sharding=sharding,
         shares=shares,
@@ -228,17 +235,55 @@ def steps_in(share: Share, sources: tuple[KeySource, ...], tile_keys: int) -> in
     return steps * len(share.pairs)
 
 
-def in_rounds(
-    pairs: int, tokens: int, group: int, sources: tuple[KeySource, ...], sharding: str
-) -> tuple[tuple[Share, ...], int]:
-    """Shares whose row blocks are in a loop at run time, and how many rounds it makes.
+def with_live_tiles(source: KeySource, is_long: bool, tile_keys: int) -> KeySource:
+    """Says how many whole tiles of a source a loop at run time can visit, and how it goes."""
+    if not (source.is_live or is_long):
+        return source
+    is_causal = source.is_exact and source.before is None and source.after is not None
+    return replace(
+        source,
+        live_tiles=source.slots // whole_tile(source, tile_keys).keys,
+        is_diagonal=is_long and is_causal and (source.after or 0) >= -1,
+    )
 
-    A program's blocks of a round are a group, or several if heads are many. Two programs that share
-    rows take one half of the tokens of a round each. The last tokens are in no round.
+
+def stride_of(group: int, sources: tuple[KeySource, ...], sharding: str, tile_keys: int) -> int:
+    """Tokens of a round: those of a group of row blocks for each program that shares rows.
+
+    Around a diagonal keys are loaded in tiles, which a round has to be a multiple of.
     """
-    mine = PARTITIONS * max(1, GROUP_BLOCKS // group)
-    stride = 2 * mine if sharding == "rows" else mine
+    stride = PARTITIONS * max(1, GROUP_BLOCKS // group) * (2 if sharding == "rows" else 1)
+    for source in sources:
+        if source.is_diagonal:
+            size = whole_tile(source, tile_keys).keys
+            stride = -(-stride // size) * size
+    return stride
+
+
+def rounds_of(tokens: int, stride: int, sources: tuple[KeySource, ...], tile_keys: int) -> int:
+    """Most rounds in a loop: what moves on with them has to be in whole strides of a source."""
     rounds = tokens // stride
+    for source in sources:
+        if source.is_diagonal and source.after is not None:
+            size = whole_tile(source, tile_keys).keys
+            last_tile = (stride - 1 + source.after) // size * size
+            rounds = min(rounds, source.slots // stride - last_tile // stride)
+    return max(rounds, 0)
+
+
+def in_rounds(
+    pairs: int,
+    tokens: int,
+    group: int,
+    sources: tuple[KeySource, ...],
+    sharding: str,
+    stride: int,
+    rounds: int,
+) -> tuple[tuple[Share, ...], int]:
+    """Shares whose row blocks are in a loop at run time, and how many rounds it makes, if it can.
+
+    The tokens behind the last round are in no loop.
+    """
     while True:
         last = row_blocks(rounds * stride, tokens - rounds * stride, group)
         shares = shares_of(pairs, last, sources, sharding)
@@ -247,21 +292,11 @@ def in_rounds(
         rounds -= 1  # a program without a group could not take part in its loops
     if rounds == 0:
         return shares, 0
-    looped = []
-    for i in range(len(shares)):
-        first = i * mine if sharding == "rows" else 0
-        looped.append(groups_of(row_blocks(first, mine, group, stride)))
+    looped = shares_of(pairs, row_blocks(0, stride, group, stride), sources, sharding)
     return tuple(
-        Share(share.pairs, share.groups, groups)
-        for share, groups in zip(shares, looped, strict=True)
+        Share(share.pairs, share.groups, every.groups)
+        for share, every in zip(shares, looped, strict=True)
     ), rounds
-
-
-def with_live_tiles(source: KeySource, is_long: bool, tile_keys: int) -> KeySource:
-    """Says how many whole tiles of a source are visited by a loop at run time."""
-    if not (source.is_live or is_long):
-        return source
-    return replace(source, live_tiles=source.slots // whole_tile(source, tile_keys).keys)
 
 
 def groups_of(
@@ -300,9 +335,24 @@ def visits_of(plan: PrefillPlan, blocks: Any) -> Any:
             low, high = seen_by(source, block)
             first, end = min(first, low), max(end, high)
         if source.live_tiles > 0:
-            first = max(first, source.live_tiles * whole_tile(source, plan.tile_keys).keys)
+            first = max(first, loop_end(plan, source, blocks[0]))
         for tile in key_tiles(source, s, first, end, plan.tile_keys):
             steps = steps_of(source, tile, blocks)
             if len(steps) > 0:
-                visits.append(Visit(ordered(tile, steps), steps))
+                mine = ordered(tile, steps)
+                if source.is_diagonal:
+                    mine = following(mine, blocks[0])
+                visits.append(Visit(mine, steps))
     return with_last(visits, len(blocks))
+
+
+def loop_end(plan: PrefillPlan, source: KeySource, block: RowBlock) -> int:
+    """The slot behind the last that loops at run time visit, for a group with this block.
+
+    Of a diagonal source and a block that stands for many: counted from the first row of its round.
+    """
+    size = whole_tile(source, plan.tile_keys).keys
+    if not source.is_diagonal or source.after == None:  # noqa: E711
+        return source.live_tiles * size
+    origin = plan.rounds * plan.stride if block.stride == 0 else 0
+    return origin + (source.after + 1) // size * size

@@ -27,7 +27,10 @@ class KeySource(nl.NKIObject):
         has_scales: keys and values of each KV head have a scale.
         page_len: slots of a page, or 0.
         is_live: which tiles hold what a group of row blocks sees is found out at run time.
-        live_tiles: so many whole tiles, from slot 0 on; the plan says how many.
+        live_tiles: so many whole tiles, from slot 0 on, can be visited by a loop at run time; the
+            plan says how many.
+        is_diagonal: of these, a loop visits what all rows of a round see; the keys that follow,
+            around the diagonal, lie as far from the round's first row in every round.
     """
 
     slots: int
@@ -42,6 +45,7 @@ class KeySource(nl.NKIObject):
     page_len: int = 0
     is_live: bool = False
     live_tiles: int = 0
+    is_diagonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class KeyTile(nl.NKIObject):
     """Keys that are loaded at once.
 
     Subtile j holds key j of each of the `partitions` runs of `subtiles` keys where keys lie in
-    runs, else the j-th 128 keys; of the last subtile there may be fewer. With an `index`, the
-    register of a loop at run time, it is that one of equal tiles from `start` on.
+    runs, else the j-th 128 keys; of the last subtile there may be fewer. With a `stride` it stands
+    for all tiles that lie multiples of it further on. With an `index`, the register of a loop at
+    run time, it is that one of them.
     """
 
     source: int
@@ -86,6 +91,7 @@ class KeyTile(nl.NKIObject):
     subtiles: int
     partitions: int
     in_runs: bool
+    stride: int = 0
     index: Any = None
 
 
@@ -151,9 +157,12 @@ def has_bounds(source: KeySource) -> bool:
 
 
 def seen_by(source: KeySource, block: RowBlock) -> tuple[int, int]:
-    """The first slot that some row of a block may see, and the one behind the last."""
+    """The first slot that some row of a block may see, and the one behind the last.
+
+    Of a diagonal source and a block that stands for many: counted from the first row of its round.
+    """
     first, end = 0, source.slots
-    if block.stride > 0:
+    if block.stride > 0 and not source.is_diagonal:
         return first, end
     if source.before != None:  # noqa: E711  (the kernel language has no `is`)
         first = max(first, block.first_token + source.before)
@@ -163,9 +172,9 @@ def seen_by(source: KeySource, block: RowBlock) -> tuple[int, int]:
 
 
 def seen_by_all(source: KeySource, block: RowBlock) -> tuple[int, int]:
-    """The first slot that every row of a block sees, and the one behind the last."""
+    """The first slot that every row of a block sees, and the one behind the last; likewise."""
     first, end = 0, source.slots
-    if block.stride > 0:
+    if block.stride > 0 and not source.is_diagonal:
         return first, first if has_bounds(source) else end
     if source.before != None:  # noqa: E711
         first = max(first, block.first_token + block.tokens - 1 + source.before)
@@ -228,7 +237,17 @@ def in_runs(tile: KeyTile) -> KeyTile:
     """The same keys in runs, one in each of 128 partitions, if that divides them."""
     if tile.in_runs or tile.keys % PARTITIONS != 0:
         return tile
-    return KeyTile(tile.source, tile.start, tile.keys, tile.subtiles, PARTITIONS, True)
+    return KeyTile(
+        tile.source, tile.start, tile.keys, tile.subtiles, PARTITIONS, True, tile.stride, tile.index
+    )
+
+
+def following(tile: KeyTile, block: RowBlock) -> KeyTile:
+    """The tile that moves on with the round of a block."""
+    return KeyTile(
+        tile.source, tile.start, tile.keys, tile.subtiles, tile.partitions, tile.in_runs,
+        block.stride, block.index,
+    )  # fmt: skip
 
 
 def columns_of(tile: KeyTile, j: int, first: int, keys: int) -> tuple[int, int, int, int]:

@@ -23,6 +23,10 @@ LOOPED: dict[str, Any] = {
     "looped": True, "heads": 9, "head_dim": 8, "value_head_dim": 8, "tokens": 300, "slots": 600,
 }  # fmt: skip
 
+CAUSAL_LOOPS: dict[str, Any] = {
+    "looped": True, "heads": 4, "head_dim": 8, "value_head_dim": 8, "tokens": 1060, "slots": 1060,
+}  # fmt: skip
+
 FEATURES: dict[str, dict[str, Any]] = {
     "causal": {},
     "not causal": {"causal": False},
@@ -84,6 +88,17 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "looped beside": LOOPED | {"slots": 530, "beside": True, "rope": RotaryEmbedding(),
                                "window": (300, 0), "lengths": (700,)},
+    "looped, causal": CAUSAL_LOOPS | {"batch": 2, "sinks": True},
+    "looped, causal, behind others": CAUSAL_LOOPS | {"slots": 1748, "alibi": True},
+    "looped, causal, beside": CAUSAL_LOOPS | {"slots": 20, "beside": True, "alibi": True},
+    "looped, causal, in pages": CAUSAL_LOOPS | {
+        "layout": "paged", "page_len": 20, "tokens": 300, "slots": 340, "heads": 9, "alibi": True,
+        "holes": True,
+    },
+    "looped, causal, turned by DMA": CAUSAL_LOOPS | {
+        "dtype": "bfloat16", "layout": "BSKH", "tokens": 2060, "slots": 3084, "heads": 2,
+    },
+    "looped, causal, transposed": CAUSAL_LOOPS | {"layout": "BKHS", "stored": "int8"},
     "looped ring": LOOPED | {"ring": True, "window": (200, 0), "slots": 520},
     "everything": {
         "beside": True, "sinks": True, "cap": 5.0, "bias": (1, 2, 144), "alibi": True,

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_tkg.nki.cte.count import work
-from jax_tkg.nki.cte.plan import GROUP_BLOCKS, PrefillPlan, make_plan, visits_of
-from jax_tkg.nki.cte.tiles import KeySource, columns_of, subtiles_of
+from jax_tkg.nki.cte.plan import GROUP_BLOCKS, PrefillPlan, loop_end, make_plan, visits_of
+from jax_tkg.nki.cte.tiles import KeySource, columns_of, subtiles_of, whole_tile
 
 
 def plan(*sources: KeySource, **changes: Any) -> PrefillPlan:
@@ -146,7 +146,68 @@ def test_the_text_of_a_long_launch_does_not_grow(heads: int, programs: int) -> N
         assert made.rounds > 1
         emitted.add(work(made, 0).emitted_steps)
     assert len(emitted) == 1
-    assert emitted.pop() <= max(GROUP_BLOCKS, heads)
+    # A step of each block in the loop over key tiles, and two or fewer around the diagonal.
+    assert emitted.pop() <= 3 * heads * made.stride // 128
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (32, 8), (32, 32), (64, 1)])
+def test_causality_halves_the_work_of_loops(
+    heads: int, kv_heads: int, programs: int, itemsize: int
+) -> None:
+    changes = {"heads": heads, "kv_heads": kv_heads, "programs": programs, "itemsize": itemsize}
+    made = causal(8192, unrolled_steps=0, **changes)
+    assert made.rounds > 1
+    done = work(made)
+    assert done.squares == heads * 64 * 65 // 2  # as written out: nothing above the diagonal
+    assert done.masked_steps == heads * 64
+    shares = [work(made, program).squares for program in range(programs)]
+    assert max(shares) <= 1.1 * min(shares)
+
+
+@given(
+    rounds=st.integers(1, 3),
+    rest=st.integers(0, 200),
+    ahead=st.integers(-1, 1500),
+    group=st.sampled_from([3, 16]),
+    page_len=st.sampled_from([0, 0, 5, 6, 48]),
+    itemsize=st.sampled_from([2, 4]),
+    programs=st.sampled_from([1, 2]),
+)
+def test_in_rounds_every_visible_key_once(
+    rounds: int, rest: int, ahead: int, group: int, page_len: int, itemsize: int, programs: int
+) -> None:
+    """Loops at run time, what moves on with them, and the rest: every row its keys, others none."""
+    tile = whole_tile(KeySource(1, page_len=page_len), 2048 // itemsize).keys
+    tokens = rounds * tile + rest
+    slots = max(1, tokens + ahead)
+    slots = slots if not page_len else -(-slots // page_len) * page_len
+    source = KeySource(slots, "paged" if page_len else "BKSH", after=ahead, page_len=page_len)
+    sizes = {"tokens": tokens, "heads": group, "kv_heads": 1, "itemsize": itemsize}
+    made = plan(source, programs=programs, unrolled_steps=0, **sizes)
+    (source,) = made.sources
+    for share in made.shares:
+        groups = [(blocks, i) for i in range(made.rounds) for blocks in share.looped]
+        for blocks, i in groups + [(blocks, 0) for blocks in share.groups]:
+            looped = i * made.stride + loop_end(made, source, blocks[0]) if source.live_tiles else 0
+            assert looped % tile == 0
+            seen = [looped] * len(blocks)
+            for visit in visits_of(made, blocks):
+                start = visit.tile.start + i * visit.tile.stride
+                assert visit.tile.stride == blocks[0].stride
+                assert 0 <= start < start + visit.tile.keys <= source.slots
+                for step in visit.steps:
+                    assert start + step.first == seen[step.block]
+                    seen[step.block] += step.keys
+                    block = blocks[step.block]
+                    token = block.first_token + i * block.stride
+                    assert step.is_masked or seen[step.block] <= token + ahead + 1
+            for block, end in zip(blocks, seen, strict=True):
+                token = block.first_token + i * block.stride
+                if source.is_diagonal:
+                    assert looped <= min(slots, token + ahead + 1)
+                assert min(slots, token + block.tokens + ahead) <= end
 
 
 def test_what_is_short_is_not_in_a_loop() -> None:

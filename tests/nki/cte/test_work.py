@@ -46,6 +46,7 @@ def in_file(step: Instruction, name: str) -> bool:
         {"tokens": 640, "slots": 640, "window": (255, 0)},
         {"tokens": 256, "slots": 1024, "beside": True},
         {"tokens": 384, "slots": 640, "causal": False, "heads": 9, "looped": True},
+        {"tokens": 1152, "slots": 1152, "heads": 4, "looped": True},
     ],
     ids=str,
 )
