@@ -233,13 +233,19 @@ class InTiles:
         return None
 
     def plan(self, problem: AttentionProblem, target: Target) -> OnlinePlan:
-        """The platform's plan with tiles of whole pages, the last one overlapping if need be."""
+        """The platform's plan with tiles of whole pages, the last one overlapping if need be.
+
+        Tiles at the edges of a row are half as large, where pages and buffers let them.
+        """
         del target
         unit = problem.kv.slot_multiple
         tile = min(-(-problem.kv_len // (self.parts * unit)) * unit, problem.kv_len)
         num_tiles = -(-problem.kv_len // tile)
+        made = make_plan(problem, Target((self.platform,)))
+        can_halve = tile % (2 * unit) == 0 and not made.buffered
         return replace(
-            make_plan(problem, Target((self.platform,))),
+            made,
+            edge_tile=tile // 2 if can_halve else tile,
             form=Form.ROWS if self.platform == "cpu" else Form.BLOCKS,
             tile=tile,
             num_tiles=num_tiles,

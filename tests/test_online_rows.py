@@ -43,7 +43,7 @@ class Changed:
         return attend_rows(problem, ops, self.plan(problem, target))
 
 
-IN_TILES = (("tile", 16), ("num_tiles", 4))
+IN_TILES = (("tile", 16), ("num_tiles", 4), ("edge_tile", 16))
 WHOLE = Changed((*IN_TILES, ("whole_first", True)))
 LOOP = Changed((*IN_TILES, ("whole_first", False)))
 
@@ -201,7 +201,7 @@ def test_a_buffer_for_tiles_changes_nothing(layout: str, dtype: Any) -> None:
     kv = native(layout, dtype, 100, 24)
     query = jax.random.normal(jax.random.key(0), (1, 2, HEADS * GROUP, WIDTH))
     lengths = jnp.array([93])
-    tiles = (("tile", 16), ("num_tiles", 7))
+    tiles = (("tile", 16), ("num_tiles", 7), ("edge_tile", 16))
     with_buffer, without = (
         jax.jit(
             partial(jax_tkg.attention_tkg, implementation=Changed((*tiles, ("buffered", x)))),
@@ -214,6 +214,34 @@ def test_a_buffer_for_tiles_changes_nothing(layout: str, dtype: Any) -> None:
         np.testing.assert_array_equal(with_buffer, without)
     else:  # a dot over more columns may add in another order
         assert_close(with_buffer, without, 1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 20, 40])
+def test_smaller_tiles_at_the_edges_change_nothing(window: int | None) -> None:
+    """Rows that fill no tile, some, or all; also those that begin within one."""
+    query, kv = call(2)
+    small = Changed((("tile", 16), ("edge_tile", 4), ("whole_first", False)))
+    attend = jax.jit(
+        partial(jax_tkg.attention_tkg, return_residual=True, local_window_size=window),
+        static_argnames="implementation",
+        compiler_options=QUICKLY,
+    )
+    for lengths in ([SLOTS, 0], [3, 17], [33, 63], [16, 47]):
+        given = {"key_value_seq_lengths": jnp.array(lengths)}
+        got, want = (attend(query, kv, implementation=x, **given) for x in (small, "reference"))
+        assert_close(got, want)
+
+
+def test_raw_bits_are_read_in_larger_tiles() -> None:
+    def of(slots: int, dtype: Any) -> str:
+        cache = jax.eval_shape(lambda: jax_tkg.KVCache.create(1, slots, 8, 128, dtype=dtype))
+        query = jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.bfloat16)
+        return str(jax_tkg.explain(query, cache, platform="cpu"))
+
+    assert "tiles of 512 keys" in of(8192, jnp.bfloat16)
+    assert "of 256 at the edges" in of(8192, jnp.bfloat16)
+    assert "tiles of 256 keys" in of(1024, jnp.bfloat16)
+    assert "tiles of 256 keys" in of(8192, jnp.float32)
 
 
 def test_reading_a_tile_is_not_divided_between_threads() -> None:

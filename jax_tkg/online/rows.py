@@ -38,7 +38,7 @@ def attend_rows(
     """Attention in float32 and its log-sum-exp."""
     masks = MaskTiles.create(problem, ops)
     queries = grouped_queries(ops.query.astype(jnp.float32), problem.num_kv_heads)
-    tiles = TileRanges.create(masks, masks.cached, plan.tile)
+    tiles = TileRanges.create(masks, masks.cached, plan.tile, plan.edge_tile)
     sinks = None if ops.sinks is None else grouped_sinks(ops.sinks, problem)
 
     def attend_row(r: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -79,23 +79,32 @@ class TileRanges:
 
     The distinction is worth a factor of two: without a mask a tile goes from memory to the dot as
     it is, with one its values are rewritten (padding may be NaN).
+
+    Attributes:
+        first, end: in edge tiles.
+        full_first, full_end: in full tiles.
+        ratio: edge tiles in a full one.
     """
 
     first: Array
     end: Array
     full_first: Array
     full_end: Array
+    ratio: int
 
     @classmethod
-    def create(cls, masks: MaskTiles, run: KeyRun, tile: int) -> "TileRanges":
-        """Turns ranges of keys into ranges of tiles."""
+    def create(
+        cls, masks: MaskTiles, run: KeyRun, tile: int, edge: int | None = None
+    ) -> "TileRanges":
+        """Turns ranges of keys into ranges of tiles, at the edges of others that divide them."""
+        edge = edge or tile
         (first, end), (full_first, full_end) = run.live(), masks.full(run)
-        first, end = first // tile, -(-end // tile)
+        first, end, ratio = first // edge, -(-end // edge), tile // edge
         # Clipped so that first <= full_first <= full_end <= end also for rows without a live tile.
         end = jnp.maximum(first, end)
-        full_first = jnp.clip(-(-full_first // tile), first, end)
-        full_end = jnp.clip(full_end // tile, full_first, end)
-        return cls(first, end, full_first, full_end)
+        full_first = jnp.clip(-(-full_first // tile), -(-first // ratio), end // ratio)
+        full_end = jnp.clip(full_end // tile, full_first, end // ratio)
+        return cls(first, end, full_first, full_end, ratio)
 
     def fold(self, batch: Array | int, full: Fold[State], edge: Fold[State], state: State) -> State:
         """Folds the live tiles of one row: with `full` where it can, then with `edge`."""
@@ -103,6 +112,11 @@ class TileRanges:
             x[batch] for x in (self.first, self.full_first, self.full_end, self.end)
         )
         state = lax.fori_loop(full_first, full_end, full, state)
+        # Where no tile is full the two numbers say nothing.
+        none = full_first >= full_end
+        full_first, full_end = (
+            jnp.where(none, first, x * self.ratio) for x in (full_first, full_end)
+        )
         before = full_first - first
 
         def fold_edge(i: Array, state: State) -> State:
@@ -176,25 +190,26 @@ class _RowStep:
         """Folds tile i of the cache, all of whose keys every query sees."""
         start = i * self.plan.tile
         bias = self.masks.bias_tile(self.masks.cached, start, self.plan.tile)
-        return self._fold_cached(carry, start, None, bias)
+        return self._fold_cached(carry, start, self.plan.tile, None, bias)
 
     def fold_edge(self, i: Array, carry: _Carry) -> _Carry:
-        """Folds tile i of the cache under its mask."""
-        fresh = i * self.plan.tile
-        start = jnp.minimum(fresh, self.problem.kv_len - self.plan.tile)
-        seen, bias = self.masks.tile(self.masks.cached, start, self.plan.tile, fresh)
-        return self._fold_cached(carry, start, seen, bias)
+        """Folds edge tile i of the cache under its mask."""
+        size = self.plan.edge_tile
+        fresh = i * size
+        start = jnp.minimum(fresh, self.problem.kv_len - size)
+        seen, bias = self.masks.tile(self.masks.cached, start, size, fresh)
+        return self._fold_cached(carry, start, size, seen, bias)
 
     def _fold_cached(
-        self, carry: _Carry, start: Array, seen: Array | None, bias: Array | None
+        self, carry: _Carry, start: Array, size: int, seen: Array | None, bias: Array | None
     ) -> _Carry:
         kv, (state, buffers) = self.ops.kv, carry
-        key, value = kv.row_tile(self.batch, self.head, start, self.plan.tile)
+        key, value = kv.row_tile(self.batch, self.head, start, size)
         value = self._seen_values(value, seen)
         if buffers is not None:
             buffers = buffers.put(key, value)
             key, value = buffers
-        products = kv.row_products(key, self.query)[: self.plan.tile]
+        products = kv.row_products(key, self.query)[:size]
         k_scale, v_scale = self._scale_of(kv.k_scale), self._scale_of(kv.v_scale)
         return self._fold(state, products, value, seen, bias, k_scale, v_scale), buffers
 

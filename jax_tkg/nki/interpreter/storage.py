@@ -54,15 +54,6 @@ class Box:
             self.p0 < other.p1 and other.p0 < self.p1 and self.b0 < other.b1 and other.b0 < self.b1
         )
 
-    def covers(self, other: "Box") -> bool:
-        """Every byte of the other is in this one."""
-        return (
-            self.p0 <= other.p0
-            and self.p1 >= other.p1
-            and self.b0 <= other.b0
-            and self.b1 >= other.b1
-        )
-
     def moved(self, partitions: int, offset: int) -> "Box":
         """The same rectangle elsewhere."""
         return Box(self.p0 + partitions, self.p1 + partitions, self.b0 + offset, self.b1 + offset)
