@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_tkg._checks import real_number, whole_number
 from jax_tkg._typing import Array, Bool, Float, Int, Key, Leaf, Shaped
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -98,6 +99,7 @@ class Sample:
             None and 0 keep all.
 
     Raises:
+        TypeError: A value is no number.
         ValueError: A value is out of its range.
     """
 
@@ -110,14 +112,18 @@ class Sample:
 
     def __post_init__(self) -> None:
         """Validates the fields."""
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None or name == "temperature":
+                real_number(f"Sample: {name}", value)
+        if self.top_k is not None:
+            whole_number("Sample: top_k", self.top_k, least=1, hint="None keeps all.")
         # A subnormal temperature would be flushed to zero on the device.
         if not (_SMALLEST_NORMAL <= self.temperature <= _LARGEST):
             raise ValueError(
                 f"Sample: temperature must be a positive finite number, got {self.temperature}; "
                 "use Greedy() for temperature 0."
             )
-        if self.top_k is not None and (self.top_k < 1 or self.top_k % 1):
-            raise ValueError(f"Sample: top_k must be an int >= 1 or None, got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"Sample: top_p must be in (0, 1] or None, got {self.top_p}.")
         if self.min_p is not None and not 0 <= self.min_p < 1:
@@ -286,9 +292,10 @@ def most_likely_tokens(logits: Float[Array, "B V"], count: int) -> Int[Array, "B
         count: static, 0 to V.
 
     Raises:
-        ValueError: `logits` is not a float `[B, V]` array with V >= 1.
+        ValueError: `logits` is not a float `[B, V]` array with V >= 1; `count` is above V.
     """
     _check_logits(logits)
+    whole_number("count", count, most=logits.shape[1], hint="No more tokens have logits.")
     index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
 
     def take(left: Array, _: None) -> tuple[Array, Array]:

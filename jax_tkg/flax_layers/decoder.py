@@ -149,6 +149,11 @@ class LlamaDecoder(nnx.Module):
         self.final_norm = RMSNorm(width, eps=config.norm_eps, param_dtype=param_dtype)
         self.lm_head = None if config.tie_embeddings else table()
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids V; `jax_tkg.generate` refuses others."""
+        return self.config.vocab_size
+
     def init_caches(
         self,
         batch: int,

@@ -9,6 +9,7 @@ accepted counts give the same choices, so that a seed reproduces a run.
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from jax_tkg._checks import described, real_number, whole_number
 from jax_tkg._typing import Array, Int
 from jax_tkg.generation.drafts import Drafter
 
@@ -55,7 +56,7 @@ class Adaptive:
         longest_pause: at least `pause`.
 
     Raises:
-        TypeError: for a drafter that cannot be paused.
+        TypeError: for a drafter that cannot be paused, or a setting of the wrong type.
         ValueError: for a number that is too small.
     """
 
@@ -67,7 +68,12 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         """Validates the fields."""
-        if not self.break_even >= 1:
+        if isinstance(self.drafter, type) or not isinstance(self.drafter, Drafter):
+            raise TypeError(
+                "Adaptive: drafter must be PromptLookup(), DraftModel(model) or another Drafter of "
+                f"jax_tkg.generation, got {described(self.drafter)}."
+            )
+        if real_number("Adaptive: break_even", self.break_even) < 1:
             raise ValueError(
                 "Adaptive: a step gives at least one token, so break_even must be at least 1, got "
                 f"{self.break_even}."
@@ -79,12 +85,9 @@ class Adaptive:
                 "follow(tokens, lengths, state, chunk=) -> state."
             )
         for name in ("window", "pause"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Adaptive: {name} must be at least 1, got {getattr(self, name)}.")
-        if self.longest_pause < self.pause:
-            raise ValueError(
-                f"Adaptive: longest_pause={self.longest_pause} is below pause={self.pause}."
-            )
+            whole_number(f"Adaptive: {name}", getattr(self, name), least=1)
+        hint = f"The first pause has {self.pause} steps."
+        whole_number("Adaptive: longest_pause", self.longest_pause, least=self.pause, hint=hint)
 
     @property
     def can_pause(self) -> bool:

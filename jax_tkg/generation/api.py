@@ -1,12 +1,12 @@
 """`generate` and `stream`: from prompts to tokens, driven from the host call by compiled call."""
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jax_tkg._checks import LAST_ID, boolean, described, token_ids, whole_number
 from jax_tkg._typing import Array, Key
 from jax_tkg.generation.adaptive import Adaptive
 from jax_tkg.generation.drafts import Drafter
@@ -16,8 +16,9 @@ from jax_tkg.generation.model import (
     as_pytree,
     check_truncation,
     scoring_pytree,
+    vocabulary_of,
 )
-from jax_tkg.generation.prompts import PaddedPrompts, PromptLengths, Prompts, bucket, pad_prompts
+from jax_tkg.generation.prompts import PromptLengths, Prompts, bucket, pad_prompts
 from jax_tkg.generation.results import Collected, Generated
 from jax_tkg.generation.runs import Decoding, Plain, Request, Speculative
 from jax_tkg.generation.verification import check_selector
@@ -85,16 +86,21 @@ def generate(
         The tokens of all rows; see `Generated`.
 
     Raises:
-        TypeError: for ids or a key of the wrong kind, a model that cannot be generated from, or one
-            or a selector that cannot be speculated with.
-        ValueError: for empty prompts, sizes below 1, or a capacity that is too small.
+        TypeError: for ids, settings or a key of the wrong kind, a model that cannot be generated
+            from, or one or a selector that cannot be speculated with.
+        ValueError: for empty prompts, ids that are not in the model's vocabulary (where it has a
+            `vocab_size`), sizes below 1, or a capacity that is too small.
     """
     if steps_per_call is None:
-        steps_per_call = max(max_new_tokens - 1, 1) if speculate is None else SPECULATIVE_STEPS
+        most = whole_number("max_new_tokens", max_new_tokens, least=1)
+        steps_per_call = max(most - 1, 1) if speculate is None else SPECULATIVE_STEPS
     request, decoding = _prepare(
         model,
-        pad_prompts(prompts, prompt_lengths),
-        policy=TokenPolicy(selector, _token_ids(eos_ids), pad_id),
+        prompts,
+        prompt_lengths,
+        selector=selector,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
         key=key,
         max_new_tokens=max_new_tokens,
         prefill_chunk=prefill_chunk,
@@ -102,7 +108,7 @@ def generate(
         capacity=capacity,
         cache_options=cache_options,
         speculate=speculate,
-        with_log_probs=return_log_probs,
+        with_log_probs=boolean("return_log_probs", return_log_probs),
     )
     *_, collected = Collected.fill(request, decoding)
     return collected.result(speculated=speculate is not None)
@@ -154,8 +160,11 @@ def stream(
     """
     request, decoding = _prepare(
         model,
-        pad_prompts(prompts, prompt_lengths),
-        policy=TokenPolicy(selector, _token_ids(eos_ids), pad_id),
+        prompts,
+        prompt_lengths,
+        selector=selector,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
         key=key,
         max_new_tokens=max_new_tokens,
         prefill_chunk=prefill_chunk,
@@ -178,9 +187,12 @@ def _columns(request: Request, decoding: Decoding) -> Iterator[np.ndarray]:
 
 def _prepare(
     model: DecodeModel,
-    prompts: PaddedPrompts,
+    given: Prompts,
+    prompt_lengths: PromptLengths,
     *,
-    policy: TokenPolicy,
+    selector: TokenSelector,
+    eos_ids: Iterable[int],
+    pad_id: int,
     key: Key[Array, ""] | None,
     capacity: int | None,
     cache_options: Mapping[str, Any] | None,
@@ -188,14 +200,20 @@ def _prepare(
     with_log_probs: bool,
     **sizes: int,
 ) -> tuple[Request, Decoding]:
-    for name, size in sizes.items():
-        if operator.index(size) < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
+    vocab_size = vocabulary_of(model)
+    prompts = pad_prompts(given, prompt_lengths, vocab_size)
+    policy = _policy(selector, token_ids("eos_ids", eos_ids, vocab_size), pad_id)
+    sizes = {name: whole_number(name, size, least=1) for name, size in sizes.items()}
+    if cache_options is not None and not isinstance(cache_options, Mapping):
+        raise TypeError(
+            "cache_options must be keywords of the model's init_caches, such as {'dtype': "
+            f"jnp.bfloat16}}; got {described(cache_options)}."
+        )
     # The last token is never appended, nor are those of a call that runs past the end.
     needed = prompts.longest + sizes["max_new_tokens"] - 1
     if capacity is None:
         capacity = bucket(max(needed, sizes["prefill_chunk"]))
-    if capacity < needed:
+    if whole_number("capacity", capacity, least=1) < needed:
         raise ValueError(
             f"the longest prompt has {prompts.longest} tokens and max_new_tokens is "
             f"{sizes['max_new_tokens']}: that needs a capacity of {needed}, got {capacity}. "
@@ -217,17 +235,17 @@ def _prepare(
     )
     if speculate is None:
         return request, Plain()
-    if not isinstance(speculate, Adaptive):
-        speculate = Adaptive(speculate, break_even=1)  # never pauses
-    _check_speculation(request, speculate.drafter)
-    return request, Speculative(speculate)
+    drafter = speculate.drafter if isinstance(speculate, Adaptive) else speculate
+    _check_speculation(request, drafter)
+    rule = speculate if isinstance(speculate, Adaptive) else Adaptive(drafter, break_even=1)
+    return request, Speculative(rule)
 
 
 def _check_speculation(request: Request, drafter: Drafter) -> None:
-    if not isinstance(drafter, Drafter):
+    if isinstance(drafter, type) or not isinstance(drafter, Drafter):
         raise TypeError(
             "speculate must be PromptLookup(), DraftModel(model) or another Drafter of "
-            f"jax_tkg.generation, or Adaptive(drafter); got {type(drafter).__name__}."
+            f"jax_tkg.generation, or Adaptive(drafter); got {described(drafter)}."
         )
     check_selector(request.policy.selector)
     batch = len(request.prompts.lengths)
@@ -239,8 +257,19 @@ def _check_speculation(request: Request, drafter: Drafter) -> None:
     check_truncation(request.model, batch, request.capacity, request.cache_options)
 
 
-def _token_ids(ids: Iterable[int]) -> tuple[int, ...]:
-    """Sorted and without repetition, so that equal sets are one static argument."""
-    if not isinstance(ids, Iterable):
-        raise TypeError(f"eos_ids must be a collection of token ids, such as ({ids},); got {ids}.")
-    return tuple(sorted({operator.index(i) for i in ids}))
+def _policy(selector: TokenSelector, eos_ids: Iterable[int], pad_id: int) -> TokenPolicy:
+    if isinstance(selector, type) or not isinstance(selector, TokenSelector):
+        raise TypeError(
+            "selector must be Greedy(), Sample(...) or another TokenSelector of jax_tkg, got "
+            f"{described(selector)}."
+        )
+    try:
+        hash(selector)
+    except TypeError:
+        raise TypeError(
+            f"selector is static in compiled programs, and {type(selector).__name__} has no hash: "
+            "make it a frozen dataclass of hashable fields."
+        ) from None
+    pad = whole_number("pad_id", pad_id, least=-LAST_ID, most=LAST_ID)
+    # Sorted and without repetition, so that equal sets are one static argument.
+    return TokenPolicy(selector, tuple(sorted(set(eos_ids))), pad)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_tkg._checks import whole_number
 from jax_tkg._typing import Array, Bool, Float, Int, Key, Leaf
 from jax_tkg.generation.drafts import Drafts
 from jax_tkg.generation.loop import prefill
@@ -58,8 +59,7 @@ class DraftModel:
 
     def __post_init__(self) -> None:
         """Validates the fields, and makes an nnx module a pytree."""
-        if self.max_tokens < 1:
-            raise ValueError(f"DraftModel: max_tokens must be at least 1, got {self.max_tokens}.")
+        whole_number("DraftModel: max_tokens", self.max_tokens, least=1)
         if is_nnx_module(self.model):  # JAX also puts other things than models in its place
             object.__setattr__(self, "model", as_pytree(self.model))
 

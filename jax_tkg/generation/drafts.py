@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_tkg._checks import whole_number
 from jax_tkg._typing import Array, Bool, Int, Key, Leaf
 from jax_tkg.generation.prompts import PaddedPrompts
 from jax_tkg.sampling import TokenSelector
@@ -107,6 +108,7 @@ class PromptLookup:
         min_ngram: tokens that must agree; a row with fewer gets no draft.
 
     Raises:
+        TypeError: for anything but whole numbers.
         ValueError: for a number below 1, or `min_ngram` above `ngram`.
     """
 
@@ -116,11 +118,11 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         """Validates the fields."""
-        if self.max_tokens < 1:
-            raise ValueError(f"PromptLookup: max_tokens must be at least 1, got {self.max_tokens}.")
-        if not 1 <= self.min_ngram <= self.ngram:
+        for name in ("max_tokens", "ngram", "min_ngram"):
+            whole_number(f"PromptLookup: {name}", getattr(self, name), least=1)
+        if self.min_ngram > self.ngram:
             raise ValueError(
-                "PromptLookup: 1 <= min_ngram <= ngram is needed, got "
+                "PromptLookup: min_ngram <= ngram is needed, got "
                 f"min_ngram={self.min_ngram}, ngram={self.ngram}."
             )
 

@@ -50,6 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_tkg._checks import whole_number
 from jax_tkg._typing import Array, Float, Int, Num
 from jax_tkg.cache.kv_cache import KVCache
 
@@ -61,6 +62,9 @@ class DecodeModel(Protocol):
     The model is an argument of compiled functions, so that its weights are not constants in them:
     either a `flax.nnx.Module`, or a pytree whose leaves are the weights (for example a dataclass
     registered with `jax.tree_util.register_dataclass`).
+
+    One that has an attribute `vocab_size`, its number of token ids V, is never given another id:
+    `generate` and engines then refuse prompts and `eos_ids` of another tokenizer.
     """
 
     def init_caches(self, batch: int, capacity: int, *args: Any, **options: Any) -> Any:
@@ -83,6 +87,12 @@ class DecodeModel(Protocol):
             count 0), and the new caches, of the same types and shapes as the old.
         """
         ...
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many token ids a model says that it knows: its `vocab_size`, None if it has none."""
+    size = getattr(model, "vocab_size", None)
+    return None if size is None else whole_number("vocab_size of the model", size, least=1)
 
 
 @runtime_checkable
@@ -140,6 +150,11 @@ class NnxModel:
     def truncate_caches(self, caches: Any, lengths: Int[Array, " B"]) -> Any:
         """The module's own, or that of its caches; see `truncate_caches`."""
         return truncate_caches(self._module(), caches, lengths)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The module's own; see `vocabulary_of`."""
+        return vocabulary_of(self._module())
 
     def _module(self) -> Any:
         from flax import nnx

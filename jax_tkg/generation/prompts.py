@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jax_tkg._checks import check_id_range, described
 from jax_tkg._typing import Array
 
 Prompts = Sequence[Sequence[int]] | np.ndarray | Array
 PromptLengths = Sequence[int] | np.ndarray | Array | None
-
-LAST_ID = 2**31 - 1
-"""The largest id that the int32 arrays of tokens can hold."""
 
 SMALLEST_CAPACITY = 256
 """Caches are never made smaller: short chats then share one compiled program."""
@@ -47,35 +45,61 @@ class PaddedPrompts:
         return pieces
 
 
-def pad_prompts(prompts: Prompts, lengths: PromptLengths) -> PaddedPrompts:
+def pad_prompts(
+    prompts: Prompts, lengths: PromptLengths, vocab_size: int | None = None
+) -> PaddedPrompts:
     """Checks prompts and pads them on the right.
 
     Args:
         prompts: a list of lists of token ids, or a padded integer array `[B, P]`.
         lengths: int `[B]`, real tokens of each row of an array; by default all P. Not for lists.
+        vocab_size: how many ids the model knows; None if that is not known.
 
     Raises:
         TypeError: if the ids are not integers.
-        ValueError: for no prompt, an empty one, a negative id, or lengths that do not fit.
+        ValueError: for no prompt, an empty one, an id that is negative or not in the vocabulary, or
+            lengths that do not fit.
     """
     if isinstance(prompts, np.ndarray | jax.Array):
-        return _from_array(np.asarray(prompts), lengths)
-    if lengths is not None:
+        padded = _from_array(np.asarray(prompts), lengths)
+    elif lengths is not None:
         raise ValueError(
             "prompt_lengths is for prompts given as one padded array; lists have their own lengths."
         )
-    if any(isinstance(row, int | np.integer | str) for row in prompts):
+    else:
+        padded = _from_rows(prompts)
+    for i, (row, length) in enumerate(zip(padded.tokens, padded.lengths, strict=True)):
+        real = row[:length]
+        check_id_range(f"prompt {i}", int(real.min()), int(real.max()), vocab_size)
+    return PaddedPrompts(padded.tokens.astype(np.int32), padded.lengths)
+
+
+def _from_rows(prompts: Sequence[Sequence[int]]) -> PaddedPrompts:
+    numbers = int | float | np.number | str | bytes
+    if not isinstance(prompts, Sequence) or any(isinstance(row, numbers) for row in prompts):
         raise TypeError(
             "prompts must be a list of lists of token ids, one list for each row; for one prompt "
-            "give [[1, 2, 3]], for text encode it first."
+            "give [[1, 2, 3]], for text encode it first. Got "
+            f"{described(prompts)}."
         )
-    rows = [np.asarray(row) for row in prompts]
-    counts = np.array([len(row) for row in rows], np.int32)
-    _check_lengths(counts, int(counts.max(initial=0)))
-    tokens = np.zeros((len(rows), counts.max()), np.int32)
+    rows = [_row(i, row) for i, row in enumerate(prompts)]
+    counts = np.array([len(row) for row in rows], np.int64)
+    width = int(counts.max(initial=0))
+    _check_lengths(counts, width)
+    tokens = np.zeros((len(rows), width), np.int64)
     for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = _ids(row)
-    return PaddedPrompts(tokens, counts)
+        padded[: len(row)] = row
+    return PaddedPrompts(tokens, counts.astype(np.int32))
+
+
+def _row(index: int, row: Sequence[int]) -> np.ndarray:
+    try:
+        ids = np.asarray(row)
+    except ValueError:  # lists within it
+        ids = np.empty((), object)
+    if ids.ndim != 1:
+        raise TypeError(f"prompt {index} must be a list of token ids, got {described(row)}.")
+    return _integers(f"prompt {index}", ids) if ids.size else ids
 
 
 def _from_array(tokens: np.ndarray, lengths: PromptLengths) -> PaddedPrompts:
@@ -90,10 +114,11 @@ def _from_array(tokens: np.ndarray, lengths: PromptLengths) -> PaddedPrompts:
             f"prompt_lengths must have one length for each of the {batch} rows; "
             f"got shape {counts.shape}."
         )
-    counts = np.broadcast_to(counts, (batch,)).astype(np.int32)
+    counts = np.broadcast_to(counts, (batch,))
     _check_lengths(counts, width)
     real = np.arange(width) < counts[:, None]
-    return PaddedPrompts(_ids(np.where(real, tokens, np.zeros((), tokens.dtype))), counts)
+    ids = np.where(real, _integers("prompts", tokens), np.zeros((), tokens.dtype))
+    return PaddedPrompts(ids, counts.astype(np.int32))
 
 
 def _check_lengths(lengths: np.ndarray, width: int) -> None:
@@ -107,13 +132,10 @@ def _check_lengths(lengths: np.ndarray, width: int) -> None:
             )
 
 
-def _ids(row: np.ndarray) -> np.ndarray:
-    if row.ndim > 2 or not np.issubdtype(row.dtype, np.integer):
-        raise TypeError(f"token ids must be integers, got {row.dtype} of shape {row.shape}.")
-    for extreme in (row.min(), row.max()) if row.size else ():
-        if not 0 <= extreme <= LAST_ID:
-            raise ValueError(f"token ids must be from 0 to 2^31 - 1, got {int(extreme)}.")
-    return row.astype(np.int32)
+def _integers(name: str, ids: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{name}: token ids must be integers, got {ids.dtype}.")
+    return ids
 
 
 def bucket(size: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jax_tkg._typing import Array, Bool, Int, Key, Leaf
-from jax_tkg.generation.drafts import Drafter
+from jax_tkg.generation.drafts import Drafter, Drafts
 from jax_tkg.generation.loop import DecodeState, TokenPolicy, token_log_probs
 from jax_tkg.generation.model import DecodeModel, ScoringModel, truncate_caches
 from jax_tkg.generation.prompts import PaddedPrompts
@@ -163,21 +163,16 @@ def speculative_step(
         key=draft_key,
         selector=policy.selector,
     )
-    # One token comes without a draft. A row never gets, nor its caches, more than its limit.
-    room = jnp.maximum(state.limits - state.lengths - 1, 0)
-    drafts = replace(drafts, counts=jnp.where(alive, jnp.minimum(drafts.counts, room), 0))
-
-    block = jnp.concatenate([_newest(state), drafts.tokens], axis=1)
+    # A row never gets, nor its caches, more than its limit.
+    drafts = within(drafts, state.limits - state.lengths, alive)
+    newest = newest_tokens(state.tokens, state.lengths)
+    block = jnp.concatenate([newest, drafts.tokens], axis=1)
     logits, caches = model(block, state.caches, jnp.where(alive, drafts.counts + 1, 0))
     accepted, after = verify(policy.selector, logits, drafts, verify_key)
 
-    place = lax.broadcasted_iota(jnp.int32, block.shape, 1)
     continued = jnp.concatenate([drafts.tokens, after[:, None]], axis=1)
-    tokens = jnp.where(place < accepted[:, None], continued, after[:, None])
-    is_last = (place == accepted[:, None]) | policy.ends(tokens)
-    # The row stops at the first token that ends it, be it an accepted draft.
-    count = jnp.min(jnp.where(is_last, place, block.shape[1] - 1), axis=1) + 1
-    counts = jnp.where(alive, count, 0)
+    tokens = jnp.where(are_new(continued, accepted), continued, after[:, None])
+    counts = emitted_counts(accepted, policy.ends(tokens), alive)
     caches = truncate_caches(model, caches, state.lengths + counts - 1)
     emitted = _emitted(tokens, counts, drafts.counts, logits if with_log_probs else None)
     return emitted, replace(_advanced(state, caches, tokens, counts, policy), drafting=drafting)
@@ -214,7 +209,8 @@ def decode_undrafted(
     def step(state: SpeculativeState, _: None) -> tuple[SpeculativeState, Emitted]:
         alive = ~state.finished
         counts = alive.astype(jnp.int32)
-        logits, caches = model.next_token_logits(_newest(state), state.caches, counts)
+        newest = newest_tokens(state.tokens, state.lengths)
+        logits, caches = model.next_token_logits(newest, state.caches, counts)
         tokens = policy.select(logits, key, state.step)[:, None]
         scored = logits[:, None] if with_log_probs else None
         emitted = _emitted(tokens, counts, jnp.zeros_like(counts), scored)
@@ -224,16 +220,12 @@ def decode_undrafted(
     return emitted, state
 
 
-def _newest(state: SpeculativeState) -> Int[Array, "B 1"]:
-    return jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1, mode="clip")
-
-
 def _advanced(
     state: SpeculativeState, caches: Any, tokens: Array, counts: Array, policy: TokenPolicy
 ) -> SpeculativeState:
     """The state with the first `counts` of tokens `[B, T]`, of which the last may end the row."""
     lengths = state.lengths + counts
-    ended = jnp.any(_are_new(tokens, counts) & policy.ends(tokens), axis=1)
+    ended = jnp.any(are_new(tokens, counts) & policy.ends(tokens), axis=1)
     return replace(
         state,
         caches=caches,
@@ -247,12 +239,8 @@ def _advanced(
 def _emitted(tokens: Array, counts: Array, drafted: Array, logits: Array | None) -> Emitted:
     scores = None
     if logits is not None:
-        scores = jnp.where(_are_new(tokens, counts), token_log_probs(logits, tokens), 0.0)
+        scores = jnp.where(are_new(tokens, counts), token_log_probs(logits, tokens), 0.0)
     return Emitted(tokens, counts, drafted, scores)
-
-
-def _are_new(tokens: Array, counts: Array) -> Bool[Array, "B T"]:
-    return lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < counts[:, None]
 
 
 def _step_keys(
@@ -273,6 +261,38 @@ def _with_first(
 ) -> tuple[Array, Array, Array]:
     tokens = write_tokens(tokens, lengths, first[:, None], jnp.ones_like(lengths))
     return tokens, lengths + 1, finished | (lengths + 1 >= limits)
+
+
+# What the step of a batch that requests join and leave has in common with this one
+
+
+def newest_tokens(tokens: Int[Array, "B W"], lengths: Int[Array, " B"]) -> Int[Array, "B 1"]:
+    """The last token of each row."""
+    return jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1, mode="clip")
+
+
+def within(drafts: Drafts, room: Int[Array, " B"], alive: Bool[Array, " B"]) -> Drafts:
+    """The drafts of rows that go on, so few that with the token after them they fit into `room`."""
+    fitting = jnp.minimum(drafts.counts, jnp.maximum(room - 1, 0))
+    return replace(drafts, counts=jnp.where(alive, fitting, 0))
+
+
+def emitted_counts(
+    accepted: Int[Array, " B"], ends: Bool[Array, "B T"], alive: Bool[Array, " B"]
+) -> Int[Array, " B"]:
+    """How many tokens a step gives: the accepted drafts and the one after them.
+
+    A row stops at the first token that ends it, be it an accepted draft.
+    """
+    place = lax.broadcasted_iota(jnp.int32, ends.shape, 1)
+    is_last = (place == accepted[:, None]) | ends
+    count = jnp.min(jnp.where(is_last, place, ends.shape[1] - 1), axis=1) + 1
+    return jnp.where(alive, count, 0)
+
+
+def are_new(tokens: Int[Array, "B T"], counts: Int[Array, " B"]) -> Bool[Array, "B T"]:
+    """The first `counts` places of each row."""
+    return lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < counts[:, None]
 
 
 def write_tokens(tokens: Array, lengths: Array, new: Array, counts: Array) -> Array:

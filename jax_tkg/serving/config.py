@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jax_tkg._checks import described, whole_number
 from jax_tkg.generation.adaptive import Adaptive
 from jax_tkg.generation.drafts import PromptLookup
 
@@ -49,7 +50,8 @@ class ServingConfig:
 
     Raises:
         ValueError: for sizes that are too small, or an unknown policy.
-        TypeError: for a drafter that needs more than the text of a row.
+        TypeError: for sizes that are no integers, or a drafter that needs more than the text of a
+            row.
     """
 
     max_rows: int = 8
@@ -69,8 +71,8 @@ class ServingConfig:
         """Validates the sizes."""
         for name, least in _LEAST.items():
             size = getattr(self, name)
-            if size is not None and size < least:
-                raise ValueError(f"ServingConfig: {name} must be at least {least}, got {size}.")
+            if size is not None or name != "num_pages":
+                whole_number(f"ServingConfig: {name}", size, least=least)
         if self.out_of_pages not in ("wait", "refuse"):
             raise ValueError(
                 f"ServingConfig: out_of_pages is 'wait' or 'refuse', got {self.out_of_pages!r}."
@@ -87,8 +89,8 @@ class ServingConfig:
         if not isinstance(drafter, PromptLookup):
             raise TypeError(
                 "ServingConfig: speculate must be PromptLookup() or Adaptive(PromptLookup()), "
-                "which draft from the text of a row alone; the pages of an engine hold nothing of "
-                f"a {type(drafter).__name__}. jax_tkg.generate takes any drafter."
+                f"which draft from the text of a row alone, got {described(drafter)}: the pages of "
+                "an engine hold nothing for a drafter. jax_tkg.generate takes any."
             )
         if drafter.max_tokens >= self.capacity:
             raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_tkg.generation.model import DecodeModel, as_pytree, scoring_pytree
+from jax_tkg._checks import check_id_range, described
+from jax_tkg.generation.model import DecodeModel, as_pytree, scoring_pytree, vocabulary_of
 from jax_tkg.serving import programs
 from jax_tkg.serving.config import ServingConfig
 from jax_tkg.serving.pool import PagePool, PageUsage
@@ -68,14 +69,17 @@ class Engine:
                 where they divide. The weights lie where the model has them (`shard_decoder`).
 
         Raises:
-            TypeError: for a model that cannot be served.
+            TypeError: for a model that cannot be served, or an argument of the wrong type.
             ValueError: as the model's `init_caches`, asked for `config.capacity` tokens; for a
-                sharding of rows or slots, or of heads that the mesh does not divide.
+                sharding of rows or slots, or of heads that the mesh does not divide; for
+                `config.top_log_probs` above the vocabulary.
         """
+        _check_types(config, decoder, cache_options, sharding)
         self.config = config
         self._model: Any = as_pytree(model) if config.rule is None else scoring_pytree(model)
         self._pools = programs.make_pools(self._model, config, cache_options or {}, sharding)
         self._pool = PagePool(config.pages, config.page_len)
+        self._vocab_size = self._vocabulary(vocabulary_of(model))
         self._decoder = decoder
         self._drafting = Drafting(config.rule)
         self._waiting: list[Ticket] = []  # the oldest first
@@ -96,7 +100,9 @@ class Engine:
         """Puts a request into the queue.
 
         Raises:
-            ValueError: if it can never be served by this engine; says why, with numbers.
+            TypeError: if it is no `Request`.
+            ValueError: if it can never be served by this engine, or has a token id that its model
+                does not know; says why, with numbers.
             OutOfPagesError: under the policy "refuse", if the pages it may need are promised to
                 others.
         """
@@ -209,6 +215,11 @@ class Engine:
 
     def _check(self, request: Request) -> int:
         """The pages it may need; raises if it can never be served."""
+        if not isinstance(request, Request):
+            raise TypeError(f"an engine serves a Request(prompt, n), got {described(request)}.")
+        for name, ids in (("prompt", request.prompt), ("eos_ids", request.eos_ids)):
+            if ids:
+                check_id_range(name, min(ids), max(ids), self._vocab_size)
         config, tokens = self.config, request.most_tokens
         needed = config.pages_for(tokens)
         if needed > min(config.pages_per_sequence, config.pages):
@@ -231,7 +242,21 @@ class Engine:
             raise ValueError("stop strings need text: give the engine a decoder.")
         return needed
 
+    def _vocabulary(self, told: int | None) -> int:
+        """How many token ids the model knows: what it says, else those that have a logit."""
+        logits, _ = programs.prefill.eval_shape(
+            self._model, self._pools, **prefill_arrays([], self.config)
+        )
+        if self.config.top_log_probs > logits.shape[1]:
+            raise ValueError(
+                f"ServingConfig: top_log_probs={self.config.top_log_probs}, but the model gives "
+                f"logits of {logits.shape[1]} tokens."
+            )
+        return int(logits.shape[1]) if told is None else told
+
     def _check_mine(self, ticket: Ticket) -> None:
+        if not isinstance(ticket, Ticket):
+            raise TypeError(f"a Ticket of submit is needed, got {described(ticket)}.")
         known = ticket in self._waiting or self._row_of(ticket) is not None
         if not known and ticket.completion is None:
             raise ValueError(f"request {ticket.number} was submitted to another engine.")
@@ -307,48 +332,65 @@ class Engine:
         if not done:
             return []
         chosen = self._first_tokens(rows, logits)
-        events: list[Event] = []
-        for i, row in done:
+        for _, row in done:
             row.ticket.state = State.DECODING
-            events += self._receive(row, [chosen.at(i)])
-        return events
+        return self._receive([(row, [chosen.at(i)]) for i, row in done])
 
     def _decode(self, rows: Sequence[Row]) -> list[Event]:
         chosen, made = self._decode_call(decode_arrays(rows, self.config))
-        events: list[Event] = []
-        for row in rows:
-            steps = range(made[row.slot])
-            events += self._receive(row, [chosen.at(step, row.slot) for step in steps])
         self._drafting.decoded(made)
-        return events
+        return self._receive(
+            [(row, [chosen.at(step, row.slot) for step in range(made[row.slot])]) for row in rows]
+        )
 
     def _decode_speculatively(self, rows: Sequence[Row]) -> list[Event]:
         verified = self._speculative_call(rows)
         self._drafting.verified(verified.counts, verified.drafted)
-        events: list[Event] = []
+        new: list[tuple[Row, list[ChosenToken]]] = []
         for row in rows:
             slot, counts = row.slot, verified.counts[:, row.slot]
             places = [(step, slot, i) for step, count in enumerate(counts) for i in range(count)]
-            events += self._receive(row, [verified.chosen.at(*place) for place in places])
-            row.pages.keep(row.cached)  # nothing is there of one that has left
+            new.append((row, [verified.chosen.at(*place) for place in places]))
+        try:
+            return self._receive(new)
+        finally:
+            for row in rows:
+                row.pages.keep(row.cached)  # nothing is there of one that has left
+
+    def _receive(self, new: Sequence[tuple[Row, Sequence[ChosenToken]]]) -> list[Event]:
+        """Gives rows their next tokens, and lets those leave that end with them.
+
+        A decoder is the user's. If one raises, its row goes on after the last token that it took,
+        and the others have theirs before the error is passed on.
+        """
+        events: list[Event] = []
+        errors: list[Exception] = []
+        for row, tokens in new:
+            before = len(row.ticket.events)
+            try:
+                reason = self._add(row, tokens)
+            except Exception as error:
+                errors.append(error)
+                reason = None
+            row.cached = len(row.tokens) - 1
+            row.pages.written(row.tokens, row.cached)
+            if reason is not None:
+                self._leave(row)
+                self._end(row.ticket, reason)
+            events += row.ticket.events[before:]
+        if errors:
+            raise errors[0]
         return events
 
-    def _receive(self, row: Row, tokens: Sequence[ChosenToken]) -> list[Event]:
-        """Gives a row its next tokens, and lets it leave after the one that ends it."""
-        ticket = row.ticket
-        reason = None
-        before = len(ticket.events)
+    @staticmethod
+    def _add(row: Row, tokens: Sequence[ChosenToken]) -> FinishReason | None:
+        """Gives a row tokens up to the one that ends it, and says why that is."""
         for token, log_prob, top in tokens:
-            reason = ticket.add(token, log_prob, top)
+            reason = row.ticket.add(token, log_prob, top)
             row.tokens.append(token)
             if reason is not None:
-                break
-        row.cached = len(row.tokens) - 1
-        row.pages.written(row.tokens, row.cached)
-        if reason is not None:
-            self._leave(row)
-            self._end(ticket, reason)
-        return ticket.events[before:]
+                return reason
+        return None
 
     def _take_in(self, rows: Sequence[Row]) -> Any:
         arrays = prefill_arrays(rows, self.config)
@@ -381,3 +423,21 @@ class Engine:
             top=self.config.top_log_probs,
         )
         return jax.device_get(verified)
+
+
+def _check_types(config: Any, decoder: Any, cache_options: Any, sharding: Any) -> None:
+    """Whether the arguments of an engine are what they are to be."""
+    if not isinstance(config, ServingConfig):
+        raise TypeError(f"config must be a ServingConfig, got {described(config)}.")
+    if decoder is not None and not callable(decoder):
+        raise TypeError(
+            "decoder must make a new decoder for each request, such as tokenizer.stream (without "
+            f"calling it); got {described(decoder)}."
+        )
+    if cache_options is not None and not isinstance(cache_options, Mapping):
+        raise TypeError(
+            "cache_options must be keywords of the model's init_caches, such as {'dtype': "
+            f"jnp.bfloat16}}; got {described(cache_options)}."
+        )
+    if sharding is not None and not isinstance(sharding, AttentionSharding):
+        raise TypeError(f"sharding must be an AttentionSharding, got {described(sharding)}.")

@@ -1,15 +1,14 @@
 """What is asked for and what comes back: requests, tickets, events."""
 
 import enum
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jax_tkg.generation.prompts import LAST_ID
+from jax_tkg._checks import described, real_number, token_ids, whole_number
 from jax_tkg.sampling import Greedy, Sample
-from jax_tkg.serving.text import TextStream
+from jax_tkg.serving.text import TextStream, stop_strings
 
 
 class OutOfPagesError(RuntimeError):
@@ -49,6 +48,7 @@ class SamplingSettings:
             same prompt need two seeds to differ.
 
     Raises:
+        TypeError: for a value of the wrong type.
         ValueError: for a value out of its range.
     """
 
@@ -60,10 +60,9 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Validates the settings."""
-        positive = 1.0 if self.temperature == 0 else self.temperature
-        Sample(positive, self.top_k, self.top_p, self.min_p)
-        if operator.index(self.seed) < 0:
-            raise ValueError(f"SamplingSettings: seed must not be negative, got {self.seed}.")
+        is_greedy = real_number("SamplingSettings: temperature", self.temperature) == 0
+        Sample(1.0 if is_greedy else self.temperature, self.top_k, self.top_p, self.min_p)
+        whole_number("SamplingSettings: seed", self.seed)
 
     @property
     def selector(self) -> Greedy | Sample:
@@ -98,7 +97,7 @@ class Request:
 
     Raises:
         ValueError: for an empty prompt, a negative id, a size below its least, or an empty string.
-        TypeError: for ids that are not integers.
+        TypeError: for ids that are not integers, and anything else of the wrong type.
     """
 
     prompt: Collection[int]
@@ -110,23 +109,18 @@ class Request:
 
     def __post_init__(self) -> None:
         """Validates, and makes tuples of what may be changed from outside."""
-        if isinstance(self.prompt, str):
-            raise TypeError("prompt must be token ids; encode the text first.")
         for name in ("prompt", "eos_ids"):
-            ids = tuple(operator.index(i) for i in getattr(self, name))
-            if any(not 0 <= i <= LAST_ID for i in ids):
-                raise ValueError(f"{name} must be token ids from 0 to 2^31 - 1; got {ids}.")
-            object.__setattr__(self, name, ids)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+            object.__setattr__(self, name, token_ids(name, getattr(self, name)))
+        object.__setattr__(self, "stop", stop_strings(self.stop))
         if not self.prompt:
-            raise ValueError("prompt must have at least one token id.")
-        if operator.index(self.max_new_tokens) < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not all(self.stop):
-            raise ValueError("a stop string must have at least one character.")
-        if operator.index(self.top_log_probs) < 0:
-            raise ValueError(f"top_log_probs must not be negative, got {self.top_log_probs}.")
+            raise ValueError("prompt must have at least one token id, got none.")
+        for name, least in (("max_new_tokens", 1), ("top_log_probs", 0)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=least))
+        if not isinstance(self.sampling, SamplingSettings):
+            raise TypeError(
+                "sampling must be SamplingSettings(temperature=...), got "
+                f"{described(self.sampling)}."
+            )
 
     @property
     def most_tokens(self) -> int:
@@ -216,17 +210,18 @@ class Ticket:
         """For the engine: one more token, and whether it is the last."""
         request, text, piece = self.request, self._text, ""
         if text is not None and token not in request.eos_ids:
-            piece = text.push(token)  # of the user; if it raises, nothing has been added
-        self.tokens.append(token)
+            piece = text.push(token)
         reason = None
         if token in request.eos_ids:
             reason = FinishReason.EOS
         elif text is not None and text.is_stopped:
             reason = FinishReason.STOP
-        elif len(self.tokens) == request.max_new_tokens:
+        elif len(self.tokens) + 1 == request.max_new_tokens:
             reason = FinishReason.LENGTH
         if text is not None and reason is not None:
             piece += text.finish()
+        # Only now, because a decoder is the user's: if it raises, nothing has been added.
+        self.tokens.append(token)
         index, top = len(self.tokens) - 1, tuple(top[: request.top_log_probs])
         self.events.append(NewToken(self.number, index, token, log_prob, top, piece))
         return reason

@@ -19,7 +19,13 @@ from jax_tkg._typing import Array, Bool, Int
 from jax_tkg.generation.adaptive import Adaptive, Pace
 from jax_tkg.generation.drafts import PromptLookup
 from jax_tkg.generation.model import ScoringModel, truncate_caches
-from jax_tkg.generation.speculation import write_tokens
+from jax_tkg.generation.speculation import (
+    are_new,
+    emitted_counts,
+    newest_tokens,
+    within,
+    write_tokens,
+)
 from jax_tkg.generation.verification import agreeing
 from jax_tkg.serving.programs import Chosen, DecodeRows, bound, choose, without_rows
 
@@ -151,22 +157,16 @@ def decode_speculatively(
         caches, texts, made, alive = carry
         lengths = rows.lengths + 1 + made
         drafts = drafter.draft(texts, lengths, alive, ())[0]
-        # One token comes without a draft; pages are there for the budget and no more.
-        room = jnp.maximum(rows.budget - made - 1, 0)
-        drafts = replace(drafts, counts=jnp.where(alive, jnp.minimum(drafts.counts, room), 0))
-        newest = jnp.take_along_axis(texts, lengths[:, None] - 1, axis=1, mode="clip")
-        block = jnp.concatenate([newest, drafts.tokens], axis=1)
+        # Pages are there for the budget and no more.
+        drafts = within(drafts, rows.budget - made, alive)
+        block = jnp.concatenate([newest_tokens(texts, lengths), drafts.tokens], axis=1)
         logits, caches = model(block, caches, jnp.where(alive, drafts.counts + 1, 0))
         chosen = _choose_all(logits, rows, made, top)
-        place = lax.broadcasted_iota(jnp.int32, block.shape, 1)
         ends = _ends(chosen.tokens, rows)
-        # The row stops at the first token that ends it, be it an accepted draft.
-        is_last = (place == agreeing(drafts, chosen.tokens)[:, None]) | ends
-        count = jnp.min(jnp.where(is_last, place, block.shape[1] - 1), axis=1) + 1
-        counts = jnp.where(alive, count, 0)
+        counts = emitted_counts(agreeing(drafts, chosen.tokens), ends, alive)
         texts = write_tokens(texts, lengths, chosen.tokens, counts)
         made = made + counts
-        alive &= ~jnp.any((place < counts[:, None]) & ends, axis=1) & (made < rows.budget)
+        alive &= ~jnp.any(are_new(chosen.tokens, counts) & ends, axis=1) & (made < rows.budget)
         caches = truncate_caches(model, caches, rows.lengths + made)
         return (caches, texts, made, alive), Verified(chosen, counts, drafts.counts)
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Protocol, SupportsIndex, runtime_checkable
 
+from jax_tkg._checks import described
+
 
 @runtime_checkable
 class TokenDecoder(Protocol):
@@ -15,6 +17,25 @@ class TokenDecoder(Protocol):
     def flush(self) -> str:
         """What is left at the end."""
         ...
+
+
+def stop_strings(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Strings that end a text, one or several.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for an empty string, which would end every text at once.
+    """
+    strings = (given,) if isinstance(given, str) else given
+    if isinstance(strings, bytes) or not isinstance(strings, Iterable):
+        raise TypeError(f"stop must be strings, () for none; got {described(given)}.")
+    strings = tuple(strings)
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(f"stop must be strings, got {described(string)}.")
+        if not string:
+            raise ValueError("a stop string must have at least one character, got ''.")
+    return strings
 
 
 class TextStream:
@@ -35,7 +56,7 @@ class TextStream:
             decoder: turns ids into text.
             stop: strings that end the text, each with a character at least.
         """
-        self._decoder, self._stop = decoder, tuple(stop)
+        self._decoder, self._stop = decoder, stop_strings(stop)
         self._held = ""
         self.is_stopped = False
 

@@ -114,3 +114,13 @@ def test_more_tokens_than_the_model_has_positions_for() -> None:
 def test_not_a_client() -> None:
     with pytest.raises(TypeError, match="such as FlaxLlamaForCausalLM; got int"):
         HFDecoder.create(3)
+
+
+def test_ids_of_another_vocabulary() -> None:
+    """The client looks such an id up as its last one."""
+    client = hf.make_client("gpt2")
+    model, size = HFDecoder.create(client), client.config.vocab_size
+    assert model.vocab_size == size
+    for arguments in ({"prompts": [[1], [size]]}, {"prompts": [[1]], "eos_ids": [size]}):
+        with pytest.raises(ValueError, match=rf"has token id {size}, but .* has {size} ids"):
+            jax_tkg.generate(model, max_new_tokens=1, **arguments)

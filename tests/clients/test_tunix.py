@@ -239,3 +239,15 @@ def test_model_that_is_not_swapped_is_refused():
         TunixDecoder.of(model)
     with pytest.raises(SwapError, match="Linear has no layers with attn modules"):
         TunixDecoder.of(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("make", [tunix.tiny_llama3, tunix.tiny_qwen3, tunix.tiny_gemma])
+def test_ids_of_another_vocabulary(make):
+    """tunix looks such an id up as its last one."""
+    model = make()
+    swapped(model)
+    decoder, size = TunixDecoder.of(model), tunix.VOCAB
+    assert decoder.vocab_size == size
+    for arguments in ({"prompts": [[1], [size]]}, {"prompts": [[1]], "eos_ids": [size]}):
+        with pytest.raises(ValueError, match=rf"has token id {size}, but .* has {size} ids"):
+            jax_tkg.generate(decoder, max_new_tokens=1, **arguments)

@@ -99,10 +99,14 @@ class Stubborn:
     ("change", "error", "message"),
     [
         ({"break_even": 0.9}, ValueError, "break_even must be at least 1, got 0.9"),
-        ({"break_even": float("nan")}, ValueError, "break_even must be at least 1, got nan"),
+        ({"break_even": float("nan")}, ValueError, "break_even must be a number, got nan"),
         ({"window": 0}, ValueError, "window must be at least 1"),
         ({"pause": 0}, ValueError, "pause must be at least 1"),
-        ({"longest_pause": 7}, ValueError, "longest_pause=7 is below pause=8"),
+        (
+            {"longest_pause": 7},
+            ValueError,
+            "longest_pause must be at least 8, got 7. The first pause",
+        ),
         ({"drafter": Stubborn()}, TypeError, "Stubborn cannot be paused; it needs .* follow"),
     ],
 )

@@ -316,8 +316,12 @@ def test_buckets_are_few_and_close() -> None:
         ({"prompts": [1, 2]}, TypeError, r"for one prompt give \[\[1, 2, 3\]\]"),
         ({"prompts": "text"}, TypeError, "for text encode it first"),
         ({"prompts": [[1.5]]}, TypeError, "token ids must be integers, got float64"),
-        ({"prompts": [[1, -2]]}, ValueError, "token ids must be from 0 to 2.31 - 1, got -2"),
-        ({"prompts": [[1, 2**32 + 2]]}, ValueError, "token ids must be .*, got 4294967298"),
+        (
+            {"prompts": [[1, -2]]},
+            ValueError,
+            "prompt 0 must be token ids from 0 to 2.31 - 1; got -2",
+        ),
+        ({"prompts": [[1, 2**32 + 2]]}, ValueError, "token ids from .*; got 4294967298"),
         ({"prompt_lengths": [1]}, ValueError, "prompt_lengths is for prompts given as one padded"),
         ({"prompts": np.ones(3, int)}, ValueError, r"must be \[B, P\], got shape \(3,\)"),
         ({"prompts": np.ones((2, 3))}, TypeError, "token ids must be integers, got float64"),
@@ -330,6 +334,11 @@ def test_buckets_are_few_and_close() -> None:
             {"prompts": np.ones((2, 3), int), "prompt_lengths": [1, 4]},
             ValueError,
             "prompt 1 has length 4: .* at most the 3 given",
+        ),
+        (
+            {"prompts": np.ones((2, 3), int), "prompt_lengths": [2**32 + 1, -1]},
+            ValueError,
+            "prompt 0 has length 4294967297",
         ),
         (
             {"prompts": np.ones((2, 3), int), "prompt_lengths": [1.0, 2.0]},

@@ -118,7 +118,7 @@ def test_as_a_pytree(decoder: LlamaDecoder) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_the_loop_copies_no_cache(decoder: LlamaDecoder, dtype: str) -> None:
     policy = TokenPolicy(Greedy())
-    caches = decoder.init_caches(2, 1 << 15, dtype=dtype)
+    caches = decoder.init_caches(2, 1 << 16, dtype=dtype)
     state = DecodeState.start(caches, jnp.zeros((2, VOCAB)), policy=policy)
     lowered = decode.lower(as_pytree(decoder), state, policy=policy, num_steps=3)
     assert cache_copies(lowered.compile(AS_USERS), caches) == []

@@ -381,7 +381,7 @@ jax.tree_util.register_dataclass(Stored, data_fields=["embed", "layers", "output
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"speculate": 4}, TypeError, r"speculate must be PromptLookup\(\), .* got int"),
+        ({"speculate": 4}, TypeError, r"speculate must be PromptLookup\(\), .* got 4 \(int\)"),
         ({"model": Mute()}, TypeError, "Mute cannot be called: to speculate, a model needs"),
         ({"selector": Drawing()}, TypeError, "Drawing draws tokens, and speculation must know"),
         ({"speculate": PromptLookup(49), "capacity": 49}, ValueError, "appends 50 tokens to a"),
@@ -408,7 +408,7 @@ def test_caches_without_a_way_back_are_refused(model: TinyModel) -> None:
     [
         ({"max_tokens": 0}, "PromptLookup: max_tokens must be at least 1, got 0"),
         ({"ngram": 2, "min_ngram": 3}, "min_ngram=3, ngram=2"),
-        ({"min_ngram": 0}, "min_ngram=0, ngram=3"),
+        ({"min_ngram": 0}, "min_ngram must be at least 1, got 0"),
     ],
 )
 def test_settings_of_the_lookup(options: dict[str, int], message: str) -> None:

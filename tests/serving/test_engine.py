@@ -22,6 +22,7 @@ from jax_tkg.serving import (
     Request,
     SamplingSettings,
     State,
+    TextStream,
     Ticket,
     programs,
 )
@@ -31,6 +32,7 @@ from tests.serving.tiny import (
     CONFIG,
     MODEL,
     SAMPLED,
+    Letters,
     alone,
     assert_no_leak,
     letters,
@@ -237,10 +239,11 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(engine: Engine) -> None:
 
 def test_eos_is_a_token_but_not_text(engine: Engine) -> None:
     whole = engine.run([Request(prompt(7), 14)])[0]
+    never = next(iter(set(range(VOCAB)) - set(whole.tokens)))
     for end in (0, 3, 6):
         eos = whole.tokens[end]
         at = whole.tokens.index(eos)
-        completion = engine.run([Request(prompt(7), 14, eos_ids=[eos, VOCAB + 3])])[0]
+        completion = engine.run([Request(prompt(7), 14, eos_ids=[eos, never])])[0]
         assert completion.reason is FinishReason.EOS
         assert completion.tokens == whole.tokens[: at + 1]
         assert completion.text == whole.text[:at]
@@ -420,3 +423,53 @@ def test_a_row_reads_and_writes_its_own_pages_alone() -> None:
     rows.eos_ids[1, 2] = expected[2]
     _, made, _ = programs.decode(MODEL, pools, rows, num_steps=4, top=2)
     assert made.tolist() == [0, 2, 0]
+
+
+class Choking(Letters):
+    """A decoder that cannot read a token, or end a text, the first time it has to."""
+
+    pushes = flushes = 0
+
+    def push(self, token_id: Any) -> str:
+        type(self).pushes -= 1
+        if self.pushes == 0:
+            raise UnicodeError("no such letter")
+        return super().push(token_id)
+
+    def flush(self) -> str:
+        type(self).flushes -= 1
+        if self.flushes == 0:
+            raise UnicodeError("no such end")
+        return super().flush()
+
+
+@pytest.mark.parametrize(("pushes", "flushes"), [(1, 0), (2, 0), (0, 1)])
+def test_a_ticket_stays_as_it_is_when_its_decoder_raises(pushes: int, flushes: int) -> None:
+    decoder = type("Decoder", (Choking,), {"pushes": pushes, "flushes": flushes})
+    ticket = Ticket(0, Request([1], 2), TextStream(decoder()))
+    for token in range(2):
+        try:
+            reason = ticket.add(token, 0.0, [])
+        except UnicodeError:
+            assert (len(ticket.tokens), len(ticket.events)) == (token, token)
+            reason = ticket.add(token, 0.0, [])
+    assert reason is FinishReason.LENGTH
+    assert (ticket.tokens, len(ticket.events)) == ([0, 1], 2)
+
+
+@pytest.mark.parametrize("pushes", [1, 2, 7, 12])
+def test_a_decoder_that_raises_costs_nobody_a_token(pushes: int) -> None:
+    """Its own row goes on where it was, and the rows beside it have what the call gave them."""
+    requests = [Request(prompt(n, seed=n), 9) for n in (3, 9, 14)]
+    decoder = type("Decoder", (Choking,), {"pushes": pushes})
+    engine = Engine(MODEL, replace(CONFIG, prefill_rows=2), decoder=decoder)
+    tickets = [engine.submit(request) for request in requests]
+    raised = 0
+    while engine.num_running or engine.num_waiting:
+        try:
+            engine.step()
+        except UnicodeError:
+            raised += 1
+    assert raised == 1
+    assert [ticket.tokens for ticket in tickets] == [alone(request) for request in requests]
+    assert_no_leak(engine)

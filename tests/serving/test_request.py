@@ -25,10 +25,10 @@ def test_a_request_keeps_its_own_plain_ids() -> None:
     ("fields", "error", "message"),
     [
         ({"prompt": []}, ValueError, "at least one token id"),
-        ({"prompt": [1, -1]}, ValueError, r"prompt must be token ids from 0 to .*; got \(1, -1\)"),
+        ({"prompt": [1, -1]}, ValueError, "prompt must be token ids from 0 to .*; got -1"),
         ({"prompt": [2**40]}, ValueError, "prompt must be token ids"),
         ({"eos_ids": [2**31]}, ValueError, "eos_ids must be token ids"),
-        ({"prompt": "text"}, TypeError, "encode the text"),
+        ({"prompt": "text"}, TypeError, "Encode the text"),
         ({"prompt": [1.5]}, TypeError, "float"),
         ({"max_new_tokens": 0}, ValueError, "at least 1, got 0"),
         ({"stop": ["a", ""]}, ValueError, "at least one character"),
@@ -89,7 +89,7 @@ def test_sizes() -> None:
     [
         ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
-        ({"top_log_probs": -1}, "top_log_probs must be at least 0, got -1"),
+        ({"top_log_probs": -1}, "top_log_probs must not be negative, got -1"),
         ({"out_of_pages": "panic"}, "'wait' or 'refuse', got 'panic'"),
         ({"prefill_chunk": 600}, "prefill_chunk of 600 tokens is more than the 512"),
     ],

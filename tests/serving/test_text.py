@@ -64,6 +64,12 @@ def test_nothing_follows_the_end() -> None:
     assert [stream.push(0), stream.push(1), stream.finish(), stream.finish()] == ["x", "", "", ""]
 
 
+def test_strings_that_are_none() -> None:
+    with pytest.raises(ValueError, match="at least one character"):
+        TextStream(Pieces([]), ["a", ""])
+    assert TextStream(Pieces(["x.y"]), ".").push(0) == "x"
+
+
 def cut(text: str, stop: list[str]) -> str:
     """The text before the stop string that ends first, the longest of these."""
     ends = [(text.index(s) + len(s), -len(s)) for s in stop if s in text]

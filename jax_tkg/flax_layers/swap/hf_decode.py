@@ -36,6 +36,7 @@ class Program:
         module: the client's linen module.
         cache_shapes: what its own cache would be like, batch and slots 1.
         most_tokens: that it has positions for.
+        vocab_size: token ids V that it has embeddings for.
         implementation: as for `swap_linen`.
         around: makes a context that is active while the module is traced.
         report: what was swapped so far.
@@ -45,6 +46,7 @@ class Program:
         self.module = client.module
         self.cache_shapes = jax.eval_shape(lambda: client.init_cache(1, 1))
         self.most_tokens = int(client.config.max_position_embeddings)
+        self.vocab_size = int(client.config.vocab_size)
         self.implementation, self.around = implementation, around
         self.report = SwapReport()
 
@@ -120,6 +122,11 @@ class HFDecoder:
     def report(self) -> SwapReport:
         """What was swapped: of all calls so far."""
         return self.program.report
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids V; `jax_tkg.generate` refuses others."""
+        return self.program.vocab_size
 
     def init_caches(self, batch: int, capacity: int, **options: Any) -> Any:
         """Empty caches, nested as the client's, with a `KVCache` for each layer.

@@ -61,7 +61,7 @@ class LayerCache:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["state"],
-    meta_fields=["graphdef", "layers", "dtype"],
+    meta_fields=["graphdef", "layers", "dtype", "vocab_size"],
 )
 @dataclass(frozen=True)
 class TunixDecoder:
@@ -72,12 +72,14 @@ class TunixDecoder:
         graphdef: its structure, the swapped classes among it.
         layers: KV heads and head_dim of each layer.
         dtype: of new caches, if none is asked for.
+        vocab_size: token ids V that it has embeddings for; `jax_tkg.generate` refuses others.
     """
 
     state: Any
     graphdef: Any
     layers: tuple[tuple[int, int], ...]
     dtype: np.dtype
+    vocab_size: int
 
     @classmethod
     def of(cls, model: nnx.Module) -> Self:
@@ -96,7 +98,8 @@ class TunixDecoder:
             )
         graphdef, state = nnx.split(model)
         sizes = tuple((layer.num_kv_heads, layer.head_dim) for layer in layers)
-        return cls(state, graphdef, sizes, np.dtype(layers[0].dtype))
+        embedding: Any = model.embedder.input_embedding  # type: ignore[attr-defined]
+        return cls(state, graphdef, sizes, np.dtype(layers[0].dtype), embedding.value.shape[0])
 
     def init_caches(
         self, batch: int, capacity: int, *, dtype: npt.DTypeLike | None = None, **options: Any
