@@ -155,7 +155,7 @@ class _Rows:
             state = lax.fori_loop(0, whole, fold, state)
         return fold(whole, state, has_new=True) if whole < rounds else state
 
-    def _live_tables(self) -> tuple[Array, Array, Array]:
+    def _live_tables(self) -> tuple[Array, Array]:
         from jax_tkg.nki.live_tiles import place_live_tiles
 
         live, run = self.plan.live, self.masks.cached
@@ -165,29 +165,26 @@ class _Rows:
         )
 
     def _fold_live(
-        self, step: "_Step", tables: tuple[Array, Array, Array], batch: int, state: SoftmaxState
+        self, step: "_Step", tables: tuple[Array, Array], batch: int, state: SoftmaxState
     ) -> SoftmaxState:
         """Tiles that hold live keys of one sequence, wherever they are."""
         live = self.plan.live
         assert live is not None
         keys, unit = live.full.keys, live.unit
-        counts = tables[0][0, batch]  # as many rounds in every program
-        starts = _at(tables[1][:, batch], self.program)
-        behind = _at(tables[2][:, batch, 1], self.program)
-        full, rounds = counts[0], jnp.sum(counts)
-        width, last = self._width(keys), starts.shape[1] - 1
+        full, _, rounds = tables[0][0, batch, :3]  # the same in every program
+        starts = _at(tables[0][:, batch, 3:], self.program)
+        behind = _at(tables[1][:, batch, 1], self.program)
+        width = self._width(keys)
 
         def fold(i: Array, state: SoftmaxState) -> SoftmaxState:
-            edge = jnp.clip(i - full, 0, last)
-            is_full = i < full
-            full_start, edge_start = _at(starts[0], jnp.minimum(i, last)), _at(starts[1], edge)
-            first = unit * jnp.where(is_full, full_start, edge_start)
-            end = first + jnp.where(is_full, keys, jnp.minimum(keys, _at(behind, edge) - first))
+            first = unit * _at(starts, i)
+            counted = jnp.minimum(keys, _at(behind, i) - first)
+            end = first + jnp.where(i < full, keys, counted)
             end = jnp.where(i < rounds, end, first)
             return step.fold(state, _Tile(self._start(first, width), first, end, width))
 
-        most = -(-live.width // self.plan.programs)
-        return lax.fori_loop(0, most if self.constant_trips else rounds, fold, state)
+        most = live.width if self.constant_trips else rounds
+        return lax.fori_loop(0, most, fold, state)
 
     def _width(self, keys: int) -> int:
         """Slots to read for so many that may start anywhere; whole pages."""

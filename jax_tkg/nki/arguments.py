@@ -1,7 +1,7 @@
 """From a problem and its operands to what is launched: the kernel's arrays, plan and results."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,10 +165,9 @@ def kernel_arguments(
         "query": ops.query.astype(dtype),
         "key": storage.logical(ops.kv.key, ops.kv.dtype),
         "value": storage.logical(ops.kv.value, ops.kv.dtype),
-        "bounds": bounds.astype(jnp.float32),
         "positions": key_positions,
         "page_rows": None,
-        "sinks": _sinks(problem, ops),
+        "sinks": None if ops.sinks is None else _finite(ops.sinks),
         "hidden": None,
         "bias": None if ops.bias is None else _by_key(biases(ops.bias), plan),
     }
@@ -176,7 +175,8 @@ def kernel_arguments(
         seen = ops.mask[..., : plan.slots]
         if hides_in_dense(problem):
             seen &= _seen_slots(ops, interval)[:, None]
-        arrays["hidden"] = _by_key(~seen, plan).astype(jnp.uint8)
+        seen = jnp.broadcast_to(seen, (*seen.shape[:2], problem.num_tokens, plan.slots))
+        arrays["hidden"] = token_bits(_by_key(~seen, plan), min(2, problem.num_tokens))
     if isinstance(ops.kv, Paged):
         rows = page_rows(ops.kv, plan.run)
         arrays["page_rows"] = rows if plan.features.has_holes else jnp.maximum(rows, 0)
@@ -185,12 +185,11 @@ def kernel_arguments(
     if problem.rope is not None:
         table = rotary_table(problem.rope, problem.head_dim)
         arrays |= {"rotary_table": jnp.asarray(table), "query_positions": ops.rotary_positions}
-    if has_scales(ops):
-        arrays |= _scales(problem, ops)
+    numbers = {"low": bounds[0], "high": bounds[1], **_scales(problem, ops)}
     if plan.live is not None:
         from jax_tkg.nki.live_tiles import place_live_tiles
 
-        counts, starts, edges = place_live_tiles(
+        arrays["live_tiles"], numbers["live_edges"] = place_live_tiles(
             bounds[0],
             bounds[1],
             usable_slots(ops.kv),
@@ -199,9 +198,18 @@ def kernel_arguments(
             plan.programs,
             apart=problem.has_query_positions and problem.rule.window is not None,
         )
-        tables = jnp.concatenate([counts, starts.reshape(*starts.shape[:2], -1)], axis=2)
-        arrays |= {"live_tiles": tables, "live_edges": edges}
+    arrays["constants"] = constants(plan, numbers)
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def constants(plan: "KernelPlan", numbers: Mapping[str, Array]) -> Array | None:
+    """What every partition needs, by name, as `Inputs.constants`; edges are of each program."""
+    parts = []
+    for part in plan.constants:
+        given = numbers[part.name].astype(jnp.float32)
+        rows = plan.programs if part.name == "live_edges" else 1
+        parts.append(jnp.broadcast_to(given.reshape(rows, -1), (plan.programs, part.size)))
+    return jnp.concatenate(parts, axis=1) if parts else None
 
 
 def _near_zero(bounds: Array, key_positions: Array) -> tuple[Array, Array]:
@@ -242,6 +250,21 @@ def _by_key(dense: Array, plan: "KernelPlan") -> Array:
     return by_group.transpose(0, 4, 1, 2, 3)
 
 
+def token_bits(hidden: Array, width: int = 1) -> Array:
+    """`[..., T]`, bool, as bits of words of `width` bytes, uint8 `[..., width * words]`.
+
+    Token t of a word's 8 * width is bit t // width of byte t % width: a word and a bit of each of
+    its bytes give what so many tokens that follow each other see.
+    """
+    words = -(-hidden.shape[-1] // (8 * width))
+    beyond = 8 * width * words - hidden.shape[-1]
+    padded = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 1) + [(0, beyond)])
+    by_bit = padded.reshape(*hidden.shape[:-1], words, 8, width)
+    worth = np.float32(2) ** np.arange(8)[:, None]
+    total = jnp.where(by_bit, worth, np.float32(0)).sum(axis=-2)
+    return total.reshape(*hidden.shape[:-1], words * width).astype(jnp.uint8)
+
+
 def _new_arrays(
     problem: AttentionProblem, ops: Operands, positions: Array, start: Array, total: Array
 ) -> dict[str, Array]:
@@ -257,37 +280,31 @@ def _new_arrays(
     )
     if ops.new_seen is not None:
         seen &= ops.new_seen[:, None, None]
-    seen = jnp.broadcast_to(seen[:, None], (batch, heads, tokens, tokens))  # b, n, key, token
+    seen = jnp.broadcast_to(seen[:, None], (batch, 1, tokens, tokens))  # b, n or 1, key, token
 
     def by_key(dense: Array) -> Array:
-        beside = dense[..., problem.kv_len :].swapaxes(2, 3)
-        return jnp.broadcast_to(beside, seen.shape)
+        return dense[..., problem.kv_len :].swapaxes(2, 3)
 
     if ops.mask is not None:
-        seen &= by_key(jnp.broadcast_to(ops.mask, (*ops.mask.shape[:2], tokens, ops.mask.shape[3])))
-    used = seen.any(axis=3).reshape(batch, problem.num_kv_heads, problem.group, tokens).any(axis=2)
+        seen = seen & by_key(ops.mask)
+    shape = (batch, heads, tokens, tokens)
+    used = jnp.broadcast_to(seen.any(axis=3), shape[:3])
+    used = used.reshape(batch, problem.num_kv_heads, problem.group, tokens).any(axis=2)
     values = jnp.where(used.swapaxes(1, 2)[..., None], ops.new_value, 0)
-
-    def by_row(x: Array) -> Array:
-        return jnp.moveaxis(x, 2, 0).reshape(tokens, -1)
-
     arrays = {
         "new_key": ops.new_key.astype(problem.compute_dtype),
         "new_value": values.astype(problem.compute_dtype),
-        "new_hidden": by_row(~seen).astype(jnp.uint8),
+        "new_hidden": token_bits(jnp.moveaxis(~seen, 2, 0)),
     }
     if ops.bias is not None:
-        full = jnp.broadcast_to(ops.bias, (*ops.bias.shape[:2], tokens, ops.bias.shape[3]))
-        arrays["new_bias"] = by_row(by_key(biases(full)))
+        bias = jnp.broadcast_to(by_key(biases(ops.bias)), shape)
+        arrays["new_bias"] = jnp.moveaxis(bias, 2, 0).reshape(tokens, -1)
     return arrays
 
 
-def _sinks(problem: AttentionProblem, ops: Operands) -> Array | None:
-    if ops.sinks is None:
-        return None
-    rows = (problem.batch, problem.num_heads, problem.num_tokens)
-    sinks = jnp.minimum(ops.sinks.astype(jnp.float32), HIGHEST)
-    return jnp.broadcast_to(sinks[:, :, None], rows).reshape(-1)
+def _finite(sinks: Array) -> Array:
+    """Sinks as the kernel takes them, `[B|1, N]`: an infinite one is a very large one."""
+    return jnp.minimum(sinks.astype(jnp.float32), HIGHEST)
 
 
 def _scales(problem: AttentionProblem, ops: Operands) -> dict[str, Array]:

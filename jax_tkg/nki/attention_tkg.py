@@ -47,8 +47,8 @@ from jax_tkg.nki.steps.softmax import (
     cascaded_sum_reduction,
     compute_exp_qk,
     fa_rescale_output,
+    fa_update_decay,
     fa_update_running_max,
-    round_weights,
     take_part_in_exchanges,
 )
 from jax_tkg.nki.tiles import KeyTile
@@ -58,7 +58,7 @@ def attention_tkg(
     query: Any,
     key: Any,
     value: Any,
-    bounds: Any,
+    constants: Any,
     positions: Any,
     page_rows: Any,
     new_key: Any,
@@ -70,10 +70,7 @@ def attention_tkg(
     sinks: Any,
     hidden: Any,
     bias: Any,
-    logit_scales: Any,
-    value_scales: Any,
     live_tiles: Any,
-    live_edges: Any,
     plan: KernelPlan,
 ) -> Any:
     """Attention of new tokens, and its log-sum-exp. For the arrays see `Inputs`.
@@ -83,9 +80,8 @@ def attention_tkg(
         new keys `[B, T, K, H]`, if the kernel rotates. Without `returns_lse` the first one alone.
     """
     inputs = Inputs(
-        query, key, value, bounds, positions, page_rows, new_key, new_value, new_hidden, new_bias,
-        rotary_table, query_positions, sinks, hidden, bias, logit_scales, value_scales,
-        live_tiles, live_edges,
+        query, key, value, constants, positions, page_rows, new_key, new_value, new_hidden,
+        new_bias, rotary_table, query_positions, sinks, hidden, bias, live_tiles,
     )  # fmt: skip
     batch, tokens, heads = plan.batch, plan.tokens, plan.heads
     out = nl.ndarray((batch, tokens, heads, plan.value_head_dim), query.dtype, buffer=nl.shared_hbm)
@@ -241,14 +237,14 @@ def attend_tile(
     shape_logits(logits, consts, tile, group, plan)
     add_bias(logits, inputs, place, tile, group, plan)
     unseen = mask_cached(logits, pages, inputs, consts, place, tile, group, plan)
-    mask_new(logits, inputs, tile, group, plan)
+    mask_new(logits, inputs, consts, tile, group, plan)
     tile_max = cascaded_max_reduce(logits, group)
-    fa_update_running_max(tile_max, bufs, is_first, plan)
-    exact = compute_exp_qk(logits, bufs, tile, group, plan)
-    cascaded_sum_reduction(exact, bufs, is_first, plan)
-    weights = round_weights(exact, dtype)
+    largest = fa_update_running_max(tile_max, bufs, is_first, plan)
+    weights, exact = compute_exp_qk(logits, dtype, largest, tile, group, plan)
     if not is_first:
+        fa_update_decay(largest, bufs, plan)
         fa_rescale_output(bufs)
+    cascaded_sum_reduction(exact, bufs, is_first, plan)
     add_values(tile, place, is_first, sources, new, weights, unseen, bufs, consts, group, plan)
 
 

@@ -12,6 +12,9 @@ LOWEST_MAX = -1.0e30
 MASKED = -3.0e38
 """A masked logit; finite, so that no difference of two is NaN."""
 
+BITS, BOTH_BYTES = 8, 257
+"""Of a byte; its first one in both bytes of a word."""
+
 NOWHERE = 2.0**30
 """Added to the position of a slot that has no page: no row sees so far."""
 
@@ -23,34 +26,34 @@ class Inputs(nl.NKIObject):
     Attributes:
         query: `[B, T, N, H]`; or in SBUF, `[H, B * N * T]` with H up to 128, in the order b, n, t.
         key, value: the cache in the plan's layout.
-        bounds: float32 `[2, B, T]`: token t of row b sees positions bounds[0] <= p < bounds[1] of
-            the cache; `[2, B, 1]` where all tokens see the same.
+        constants: float32 `[programs, n]`: one after the other, what `KernelPlan.constants` names;
+            for their meaning see `Constants`.
         positions: int32 `[B, S]`, position of each slot; None where slot s holds position s.
         page_rows: int32 `[B, K, S / n]`: of a paged cache, the row of every n slots in the pool
             seen as `[rows, n * H]`; -1 where there is no page.
         new_key, new_value: `[B, T, K, H]` and `[B, T, K, Hv]` beside the cache; values that no
             token sees are finite.
-        new_hidden: uint8 `[T, B * N * T]`, 1 where a row does not see a new key; rows in the order
-            b, n, t.
-        new_bias: float32 like `new_hidden`, added to the logits.
+        new_hidden: uint8 `[T, B, N|1, ceil(T / 8)]`, bit t % 8 of byte t // 8 is 1 where token t
+            does not see a new key.
+        new_bias: float32 `[T, B * N * T]`, added to the logits of new keys; rows in the order b, n,
+            t.
         rotary_table: of `jax_tkg.nki.rope_call.rotary_table`, where the kernel rotates.
         query_positions: int32 `[B, T]`, positions of the new tokens, likewise.
-        sinks: float32 `[B * N * T]`.
-        hidden: uint8 `[B|1 / b, S, b, N|1, T|1]`, 1 where a dense mask hides a slot; b is 1, or the
-            sequences of every row group: what a partition reads is then one run.
-        bias: float32 like `hidden`, added to the logits.
-        logit_scales: float32 `[B * K]`, scale of the logits of each pair, with its keys' scale.
-        value_scales: float32 `[B * K]`, scale of the values of each pair.
-        live_tiles: int32 `[programs, B, 3 + 2 * W]`: how many full, edge and dirty tiles a sequence
-            has, then where full ones start, then where others do, in the plan's unit.
-        live_edges: float32 `[programs, B, 2, W]`: the first slot of each other tile, and the first
-            one that does not count.
+        sinks: float32 `[B|1, N]`.
+        hidden: uint8 `[B|1 / b, S, b, N|1, 2 * ceil(T / 16)]`, or one byte for one token: a bit for
+            each token, 1 where a dense mask hides a slot; bytes take turns, so that a word of two
+            says of two tokens at once. b is 1, or the sequences of every row group: what a
+            partition reads is then one run.
+        bias: float32 `[B|1 / b, S, b, N|1, T|1]`, added to the logits.
+        live_tiles: int32 `[programs, B, 3 + W]`: the round in which the full tiles of a sequence
+            end, then its edge and its dirty ones; then where the tile of each round starts, in the
+            plan's unit.
     """
 
     query: Any
     key: Any
     value: Any
-    bounds: Any
+    constants: Any
     positions: Any
     page_rows: Any
     new_key: Any
@@ -62,10 +65,7 @@ class Inputs(nl.NKIObject):
     sinks: Any
     hidden: Any
     bias: Any
-    logit_scales: Any
-    value_scales: Any
     live_tiles: Any
-    live_edges: Any
 
 
 @dataclass
@@ -168,7 +168,7 @@ class LiveTables(nl.NKIObject):
 
     Attributes:
         first_batch: the first sequence; the others follow.
-        tiles: int32 `[1, sequences, 3 + 2 * W]`, as in `Inputs`.
+        tiles: int32 `[1, sequences, 3 + W]`, as in `Inputs`.
         edges: float32 `[128, sequences, 2, W]`.
     """
 
@@ -182,9 +182,14 @@ class Constants(nl.NKIObject):
     """Tiles that no step changes.
 
     Attributes:
-        low, high: bounds of visible positions `[128, B, T or 1]`, or None.
-        logit_scales, value_scales: `[128, B * K]`, or None.
-        live_edges: `[128, B, 2, W]`, see `Inputs.live_edges`, or None.
+        low, high: `[128, B, T]`: token t of row b sees positions low <= p < high of the cache;
+            `[128, B, 1]` where all tokens see the same; or None.
+        logit_scales: `[128, B * K]`, scale of the logits of each pair, with its keys' scale.
+        value_scales: `[128, B * K]`, scale of the values of each pair; or None.
+        live_edges: `[128, B, 2, W]`, of the tile of each round the first slot, and of those that
+            are not full the first one that does not count; or None.
+        bits: uint16 `[128, min(8, T)]`, bit i of both bytes in column i, to pick from tables with a
+            bit for each token; None for one token.
         turns: of `load_turns`, or None.
     """
 
@@ -193,6 +198,7 @@ class Constants(nl.NKIObject):
     logit_scales: Any
     value_scales: Any
     live_edges: Any
+    bits: Any
     turns: Any
 
 

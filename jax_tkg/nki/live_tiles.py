@@ -18,7 +18,7 @@ def place_live_tiles(
     programs: int,
     *,
     apart: bool = False,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Tiles over the slots that some token of a sequence sees.
 
     They follow each other from the last live slot downwards; what is left is covered by one from
@@ -35,7 +35,7 @@ def place_live_tiles(
     `apart` says that tokens may see slots with dead ones between them, as given positions can.
 
     Returns:
-        counts, starts, edges as in `Inputs`.
+        tiles and edges as in `Inputs`.
     """
     keys, unit = live.full.keys, live.unit
     low, high = low.astype(jnp.int32), jnp.minimum(high.astype(jnp.int32), slots)
@@ -59,18 +59,17 @@ def place_live_tiles(
     is_dirty = (whole == 0) | (bottom < first) | (top > end) | (usable < end)
     if apart:
         is_dirty |= _have_gaps(low, high, end)
-    counts = jnp.stack(
-        [full_rounds, jnp.where(is_dirty, 0, rounds), jnp.where(is_dirty, rounds, 0)], axis=-1
-    )
-
-    turn = jnp.arange(live.width, dtype=jnp.int32) * programs
-    turn = turn[None, None] + jnp.arange(programs, dtype=jnp.int32)[:, None, None]
+    every = full_rounds + rounds
+    ends = jnp.stack([full_rounds, jnp.where(is_dirty, full_rounds, every), every], axis=-1)
 
     def per_row(x: Array) -> Array:
         return x[None, :, None]
 
-    counts_at_all = turn < per_row(others)
-    number = jnp.minimum(turn, per_row(jnp.maximum(others - 1, 0)))
+    turn = jnp.arange(live.width, dtype=jnp.int32) * programs
+    turn = turn[None, None] + jnp.arange(programs, dtype=jnp.int32)[:, None, None]
+    beside = turn - per_row(taken)  # among those that are not full
+    counts_at_all = beside < per_row(others)
+    number = jnp.clip(beside, 0, per_row(jnp.maximum(others - 1, 0)))
     number += jnp.where(number < per_row(behind), 0, per_row(taken))
     is_last = number >= per_row(whole)
     covered = per_row(top - whole * keys)
@@ -78,11 +77,11 @@ def place_live_tiles(
     start = jnp.clip(start, 0, slots - keys)
     behind_counted = jnp.where(is_last, covered, NEVER)
     behind_counted = jnp.where(counts_at_all, behind_counted, 0)
-    full_start = per_row(top) - (per_row(behind) + turn + 1) * keys
-    starts = jnp.stack([jnp.clip(full_start, 0, slots - keys), start], axis=2) // unit
+    full_start = jnp.clip(per_row(top) - (per_row(behind) + turn + 1) * keys, 0, slots - keys)
+    start = jnp.where(beside < 0, full_start, start)
+    ends = jnp.broadcast_to(ends, (programs, *ends.shape))
     return (
-        jnp.broadcast_to(counts, (programs, *counts.shape)).astype(jnp.int32),
-        starts.astype(jnp.int32),
+        jnp.concatenate([ends, start // unit], axis=2).astype(jnp.int32),
         jnp.stack([start, behind_counted], axis=2).astype(jnp.float32),
     )
 

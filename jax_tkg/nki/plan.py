@@ -18,6 +18,9 @@ from jax_tkg.nki.tiles import PAGED_RUN, KeyTile, key_tile, key_tiles, paged_run
 MAX_KEYS = 8192
 """Keys of a tile: with H = 128 in 16 bits, 16 KiB of keys and of values in each partition."""
 
+NARROW_KEYS = 12288
+"""The same where H and Hv are 64 or less: of values, half as many bytes lie in a partition."""
+
 PAGED_KEYS = 10240
 """The same of pages: they arrive in gathers of a run, so that large tiles wait for nothing, and
 longer runs fit."""
@@ -48,7 +51,7 @@ class LiveTiles(nl.NKIObject):
         edge: tile in which every key is seen by some row.
         dirty: tile in which some keys may be seen by none.
         unit: slots that a start counts in: 1, or the run of a paged cache.
-        width: tiles that a sequence has at most.
+        width: rounds that a sequence takes at most, W of `Inputs.live_tiles`.
     """
 
     full: KeyTile
@@ -115,6 +118,21 @@ class Features(nl.NKIObject):
 
 
 @dataclass(frozen=True)
+class Numbers(nl.NKIObject):
+    """Float32 numbers that every partition needs.
+
+    Attributes:
+        name: of a field of `jax_tkg.nki.buffers.Constants`, which says what they are.
+        shape: there, behind the partitions.
+        size: how many.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True)
 class KernelPlan(nl.NKIObject):
     """Everything the kernel is built from but the arrays.
 
@@ -132,6 +150,7 @@ class KernelPlan(nl.NKIObject):
         logit_unit: the same once a bias was added; see `shape_logits`.
         every_tile: programs agree on maximum and sum after every tile.
         live: the loop over live tiles, or None where all tiles are known.
+        constants: what is in `Inputs.constants`, in this order.
         reason: why this sharding.
         text: all this in a line.
         diagram: and for each program, with what they exchange: see `jax_tkg.nki.describe`.
@@ -156,6 +175,7 @@ class KernelPlan(nl.NKIObject):
     logit_unit: float
     every_tile: bool
     live: LiveTiles | None
+    constants: tuple[Numbers, ...]
     reason: str
     text: str
     diagram: str
@@ -241,7 +261,9 @@ def make_plan(
         blocks.append(blocks_of(row_groups(*ranges, group, tokens), group, value_head_dim))
     side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
     widest = max(g.rows for groups in side_by_side for g in groups)
-    max_keys = (PAGED_KEYS if page_len else MAX_KEYS) if max_keys is None else max_keys
+    if max_keys is None:
+        is_narrow = 2 * max(head_dim, value_head_dim) <= PARTITIONS
+        max_keys = PAGED_KEYS if page_len else NARROW_KEYS if is_narrow else MAX_KEYS
     most = max(1, min(max_keys // PARTITIONS, LOGIT_BANKS * (BANK_ELEMENTS // widest)))
     share = slots if sharding != "sequence" else math.ceil(slots / programs)
     if is_loop:  # whose tiles are equal
@@ -277,6 +299,7 @@ def make_plan(
         logit_unit=1.0 if features.has_bias or raw_unit <= 0 else raw_unit,
         every_tile=every_tile,
         live=live,
+        constants=_constants(features, batch, tokens, kv_heads, live),
         reason=reason,
         text=_text(programs, sharding, reason, exchange, shares[0], live),
         diagram="",
@@ -301,6 +324,21 @@ def _known_tiles(
         masks = {"is_masked": features.needs_mask, "is_dirty": features.clears_values}
         every.append(key_tiles(first, end, most, run, tokens if sees_new else 0, **masks))
     return every
+
+
+def _constants(
+    features: Features, batch: int, tokens: int, kv_heads: int, live: LiveTiles | None
+) -> tuple[Numbers, ...]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if features.needs_mask:
+        shapes["high"] = (batch, 1 if features.sees_alike else tokens)
+        if features.has_low:
+            shapes["low"] = shapes["high"]
+    if features.has_scales:
+        shapes |= dict.fromkeys(("logit_scales", "value_scales"), (batch * kv_heads,))
+    if live is not None:
+        shapes["live_edges"] = (batch, 2, live.width)
+    return tuple(Numbers(name, shape, math.prod(shape)) for name, shape in shapes.items())
 
 
 def _text(
@@ -356,7 +394,8 @@ def _live_tiles(slots: int, live_slots: int, programs: int, most: int, run: int)
     full = key_tile(0, keys, run, 0, is_masked=False, is_dirty=False)
     edge = key_tile(0, keys, run, 0, is_masked=True, is_dirty=False)
     dirty = key_tile(0, keys, run, 0, is_masked=True, is_dirty=True)
-    return LiveTiles(full, edge, dirty, columns, math.ceil(live_slots / keys) + 1)
+    most_read = min(slots, live_slots + 2 * (columns - 1))  # whole units
+    return LiveTiles(full, edge, dirty, columns, math.ceil(most_read / (keys * programs)))
 
 
 def pairs_of(

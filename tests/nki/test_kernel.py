@@ -11,6 +11,7 @@ import pytest
 import jax_tkg
 from jax_tkg.nki import attention_tkg as kernel_module
 from jax_tkg.nki import interpreter
+from jax_tkg.nki.arguments import constants, token_bits
 from jax_tkg.nki.attention_tkg import attend, attention_tkg
 from jax_tkg.nki.buffers import Inputs
 from jax_tkg.nki.implementation import NkiInterpret
@@ -21,6 +22,7 @@ from jax_tkg.nki.live_tiles import place_live_tiles
 from jax_tkg.nki.plan import Features, KernelPlan, make_plan
 from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.nki.steps import exchange
+from jax_tkg.nki.steps.load import parts_of
 from jax_tkg.rope import RotaryEmbedding
 
 NAMES = tuple(inspect.signature(attention_tkg).parameters)[:-1]
@@ -56,28 +58,33 @@ class Case:
             key[row, :, length:] = value[row, :, length:] = np.nan
         self.arrays: dict[str, Any] = dict.fromkeys(NAMES)
         bounds = np.stack([low, np.maximum(high, 0)]).astype(np.float32)
-        self.arrays |= {"query": query, "key": key, "value": value, "bounds": bounds}
+        self.bounds = bounds
+        numbers = dict(zip(("low", "high"), jnp.asarray(bounds), strict=True))
+        self.arrays |= {"query": query, "key": key, "value": value}
         if plan.features.has_sinks:
-            self.arrays["sinks"] = normal(b * n * t)
+            self.arrays["sinks"] = normal(b, n)
         if plan.features.has_new_keys:
             hidden = (np.arange(t)[:, None] > np.arange(t)) | (
                 new_position[:, :, None] < low[:, None, :]
             )  # sequence, key, token
-            by_row = np.broadcast_to(hidden[:, None], (b, n, t, t)).transpose(2, 0, 1, 3)
+            self.new_seen = ~hidden
             self.arrays |= {
                 "new_key": normal(b, t, k, plan.head_dim),
                 "new_value": normal(b, t, k, plan.value_head_dim),
-                "new_hidden": np.ascontiguousarray(by_row.reshape(t, -1)).astype(np.uint8),
+                "new_hidden": np.asarray(
+                    token_bits(jnp.asarray(hidden.swapaxes(0, 1)[:, :, None]))
+                ),
             }
         if plan.features.rotary is not None:
             self.arrays["query_positions"] = new_position.astype(np.int32)
             self.arrays["rotary_table"] = rotary_table(ROTARY, plan.head_dim)
         if plan.live is not None:
-            low, high = jnp.asarray(bounds)
-            placed = place_live_tiles(low, high, None, s, plan.live, plan.programs)
-            counts, starts, edges = map(np.asarray, placed)
-            tables = np.concatenate([counts, starts.reshape(*starts.shape[:2], -1)], axis=2)
-            self.arrays |= {"live_tiles": tables, "live_edges": edges}
+            tables, numbers["live_edges"] = place_live_tiles(
+                numbers["low"], numbers["high"], None, s, plan.live, plan.programs
+            )
+            self.arrays["live_tiles"] = np.asarray(tables)
+        every = constants(plan, numbers)
+        self.arrays["constants"] = None if every is None else np.asarray(every)
 
     def run(self, kernel: Any = attention_tkg, **options: Any) -> interpreter.Run:
         return interpreter.run(
@@ -103,18 +110,18 @@ class Case:
         query = self.rotated("query")
         new_keys = self.rotated("new_key") if plan.features.has_new_keys else None
         for b, t, n in np.ndindex(lse.shape):
-            k, row = n // plan.group, (b * plan.heads + n) * plan.tokens + t
-            first, end = arrays["bounds"][:, b, t].astype(int)
+            k = n // plan.group
+            first, end = self.bounds[:, b, t].astype(int)
             keys, values = arrays["key"][b, k, first:end], arrays["value"][b, k, first:end]
             if new_keys is not None:
-                seen = arrays["new_hidden"][:, row] == 0
+                seen = self.new_seen[b, :, t]
                 keys = np.concatenate([keys, new_keys[b, seen, k]])
                 values = np.concatenate([values, arrays["new_value"][b, seen, k]])
             logits = keys.astype(np.float64) @ query[b, t, n] * plan.features.scale
             if plan.features.soft_cap is not None:
                 logits = plan.features.soft_cap * np.tanh(logits / plan.features.soft_cap)
             sinks = arrays["sinks"]
-            sink = [] if sinks is None else [sinks[row]]
+            sink = [] if sinks is None else [sinks[b, n]]
             if len(logits) + len(sink) == 0:
                 continue
             top = max([*logits, *sink])
@@ -313,6 +320,35 @@ def test_pages_that_are_missing_among_live_ones(
     want = jax_tkg.attention_tkg(query, **given, implementation="reference", return_residual=True)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(9, 4), (19, 1)])
+def test_a_dense_mask_for_more_tokens_than_a_word_has_bits(tokens: int, heads: int) -> None:
+    """Bits of the cached keys come in words of 16 tokens, of the new keys in bytes of 8."""
+    random, slots = np.random.default_rng(1), 150
+
+    def normal(*shape: int) -> jnp.ndarray:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    key, value = normal(1, slots, 2, 32), normal(1, slots, 2, 32)
+    given: dict[str, Any] = {
+        "new_key": normal(1, tokens, 2, 32),
+        "new_value": normal(1, tokens, 2, 32),
+        "mask": jnp.asarray(random.random((1, heads, tokens, slots + tokens)) < 0.6),
+    }
+    query = normal(1, tokens, 4, 32)
+    results = [
+        jax_tkg.attention_tkg(query, key, value, **given, implementation=form, return_residual=True)
+        for form in (NkiInterpret(programs=1), "reference")
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=CLOSE, rtol=0)
+
+
+def test_few_channels_of_transposed_keys_come_in_as_many_parts_as_fill_the_partitions() -> None:
+    assert parts_of(10_241, 128) == [(0, 10_241)]
+    assert parts_of(10_241, 64) == [(0, 5121), (5121, 5120)]
+    assert parts_of(3000, 32) == [(0, 2048), (2048, 952)]  # no shorter ones
 
 
 def attention_in_sbuf(*arrays_and_plan: Any) -> Any:

@@ -76,7 +76,7 @@ LAUNCHES = (
     # program than for the other, with the largest logits of some rows in it. Logits so large that
     # any number below a maximum overflows the exponential.
     (Case("many-rows", heads=40, kv_heads=1, tokens=4, slots=300, batch=1, beside=True,
-          layout="BKSH"), TWO),
+          sinks=True, layout="BKSH"), TWO),
     (Case("tiles", slots=4500, growth=30.0, peak=200.0, **FULL), ONE),
     (Case("tiles-uneven", slots=4100, growth=1.0, rows="all", **FULL), EVERY_TILE),
     # Long enough for any loop over tiles. Keys that grow show what is not rescaled; with keys that

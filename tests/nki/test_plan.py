@@ -196,7 +196,8 @@ def test_tiles_of_a_loop_fit_the_cache_and_cover_it(
     assert not full.is_masked
     assert made.live.edge.is_masked
     assert made.live.edge.cached == full.cached
-    assert (made.live.width - 1) * full.keys >= slots
+    rounds = made.live.width
+    assert (rounds - 1) * programs * full.keys < slots <= rounds * programs * full.keys
     assert made.sharding == ("none" if programs == 1 else "sequence")
 
 
@@ -205,9 +206,18 @@ def test_tiles_of_a_loop_fit_the_cache_and_cover_it(
     [(22_528, 5632), (24_576, 8192), (19_072, 6400)],  # 4 rounds, not 3; 3; 3, as none is even
 )
 def test_a_few_more_rounds_where_they_read_no_key_twice(slots: int, keys: int) -> None:
-    made = plan(RAGGED, slots=slots, tokens=1)
+    made = plan(RAGGED, slots=slots, tokens=1, head_dim=128)
     assert made.live is not None
     assert made.live.full.keys == keys
+
+
+def test_narrow_heads_fit_larger_tiles() -> None:
+    """Of the values of 64 channels, a partition holds half as many bytes."""
+    for widths, keys in (((64, 64), 12_288), ((128, 64), 8192), ((64, 128), 8192)):
+        sizes = dict(zip(("head_dim", "value_head_dim"), widths, strict=True))
+        made = plan(RAGGED, slots=49_152, tokens=1, **sizes)
+        assert made.live is not None
+        assert made.live.full.keys == keys
 
 
 @pytest.mark.parametrize(("slots", "is_loop"), [(4096, False), (8192, True)])

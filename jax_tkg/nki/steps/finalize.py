@@ -10,6 +10,9 @@ from jax_tkg.nki.steps.load import chunk_view, global_rows
 
 NEGATIVE_INFINITY = float("-inf")
 
+TURNED = 32
+"""Most that the Vector engine transposes in each direction."""
+
 LEAST_SUM = 1e-15
 """Below any sum but that of no key: the largest weight of a row is 1. Its logarithm is finite."""
 
@@ -43,14 +46,34 @@ def max_in_logits(bufs: RowBuffers, columns: Any, plan: KernelPlan) -> Any:
     return top
 
 
-def add_sinks(top: Any, total: Any, inputs: Inputs, rows: Any) -> Any:
+def load_sinks(inputs: Inputs, chunk: RowChunk) -> Any:
+    """The sinks of a chunk of rows, as a column: read once a head, spread over rows, transposed.
+
+    By the Vector engine if it can, which transposes up to 32 numbers.
+    """
+    batches = inputs.sinks.shape[0]
+    mine = nl.ds(chunk.first_batch, chunk.batches) if batches > 1 else nl.ds(0, 1)
+    some = inputs.sinks[mine, nl.ds(chunk.first_head, chunk.heads)]
+    by_head = nl.ndarray((1, some.shape[0], some.shape[1]), nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=by_head, src=some.expand_dim(0))
+    if batches == 1:
+        by_head = by_head.broadcast(1, chunk.batches)
+    every = by_head.expand_dim(3).broadcast(3, chunk.tokens)
+    if chunk.rows <= TURNED:
+        column = nl.ndarray((chunk.rows, 1), nl.float32, buffer=nl.sbuf)
+        nisa.nc_transpose(dst=column, data=every, engine=nisa.engine.vector)
+        return column
+    column = nl.ndarray((chunk.rows, 1), nl.float32, buffer=nl.psum)
+    nisa.nc_transpose(dst=column, data=every, engine=nisa.engine.tensor)
+    return column
+
+
+def add_sinks(top: Any, total: Any, sinks: Any) -> Any:
     """A sink is a logit without a value: it joins maximum and sum, in place.
 
     Returns:
         What the output shrinks by, as a column.
     """
-    sinks = nl.ndarray(top.shape, nl.float32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=sinks, src=inputs.sinks[rows].reshape_dim(0, top.shape))
     larger = nl.ndarray(top.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=larger, data1=top, data2=sinks, op=nl.maximum)
     shrinks = nl.ndarray(top.shape, nl.float32, buffer=nl.sbuf)
@@ -95,8 +118,7 @@ def fa_finalize_sums(
         top = max_in_logits(bufs, columns, plan)
     shrinks: Any = None
     if features.has_sinks:
-        first = global_rows(group, plan).start + chunk.first_row
-        shrinks = add_sinks(top, total, inputs, nl.ds(first, chunk.rows))
+        shrinks = add_sinks(top, total, load_sinks(inputs, chunk))
     factor, lse = find_factor(total), None
     if features.has_sinks:
         nisa.tensor_tensor(dst=factor, data1=factor, data2=shrinks, op=nl.multiply)

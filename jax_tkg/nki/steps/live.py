@@ -9,7 +9,7 @@ from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowBlock, RowGroup
 from jax_tkg.nki.tiles import KeyTile
 
-FULL, EDGE, DIRTY, COUNTS = 0, 1, 2, 3
+FULL, EDGE, DIRTY, STARTS = 0, 1, 2, 3
 
 
 def load_live_tables(
@@ -20,7 +20,7 @@ def load_live_tables(
     program, first = nl.program_id(0), block.sequences[0].first_batch
     count = block.sequences[-1].first_batch + 1 - first
     some = nl.ds(first, count)
-    tiles = nl.ndarray((1, count, COUNTS + 2 * live.width), nl.int32, buffer=nl.sbuf)
+    tiles = nl.ndarray((1, count, STARTS + live.width), nl.int32, buffer=nl.sbuf)
     nisa.dma_copy(dst=tiles, src=inputs.live_tiles[program, some].expand_dim(0))
     return LiveTables(first, tiles, consts.live_edges[:, some])
 
@@ -34,9 +34,8 @@ def for_each_live_tile(
     """Calls `attend(tile, place)` in loops: over full tiles, then over edge or dirty ones."""
     live: Any = plan.live
     number = sequence.first_batch - tables.first_batch
-    counts, edges = tables.tiles[:, number], tables.edges[:, number]
-    starts = counts[:, nl.ds(COUNTS, live.width)]
-    others = counts[:, nl.ds(COUNTS + live.width, live.width)]
+    mine, edges = tables.tiles[:, number], tables.edges[:, number]
+    starts = mine[:, nl.ds(STARTS, live.width)]
 
     def attend_full(i: Any) -> None:
         start = nisa.register_alloc()
@@ -44,24 +43,25 @@ def for_each_live_tile(
         attend(live.full, Place(start, None, None))
 
     def attend_edge(i: Any) -> None:
-        attend(live.edge, place_of(i, others, edges))
+        attend(live.edge, place_of(i, starts, edges))
 
     def attend_dirty(i: Any) -> None:
-        attend(live.dirty, place_of(i, others, edges))
+        attend(live.dirty, place_of(i, starts, edges))
 
-    nl.fori_loop(0, count_of(counts, FULL), attend_full)
-    nl.fori_loop(0, count_of(counts, EDGE), attend_edge)
+    full_end, edge_end = end_of(mine, FULL), end_of(mine, EDGE)
+    nl.fori_loop(0, full_end, attend_full)
+    nl.fori_loop(full_end, edge_end, attend_edge)
     if plan.features.clears_values:
-        nl.fori_loop(0, count_of(counts, DIRTY), attend_dirty)
+        nl.fori_loop(edge_end, end_of(mine, DIRTY), attend_dirty)
     else:
-        nl.fori_loop(0, count_of(counts, DIRTY), attend_edge)
+        nl.fori_loop(edge_end, end_of(mine, DIRTY), attend_edge)
 
 
-def count_of(counts: Any, kind: int) -> Any:
-    """How many tiles of a kind: a register."""
-    count = nisa.register_alloc()
-    nisa.register_load(count, counts[:, kind : kind + 1])
-    return count
+def end_of(tiles: Any, kind: int) -> Any:
+    """The round in which the tiles of a kind end: a register."""
+    end = nisa.register_alloc()
+    nisa.register_load(end, tiles[:, kind : kind + 1])
+    return end
 
 
 def place_of(i: Any, starts: Any, edges: Any) -> Place:

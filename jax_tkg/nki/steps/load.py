@@ -3,6 +3,8 @@
 from typing import Any
 
 from jax_tkg.nki.buffers import (
+    BITS,
+    BOTH_BYTES,
     LOWEST_MAX,
     NOWHERE,
     Constants,
@@ -29,76 +31,73 @@ from jax_tkg.nki.tiles import LEAST_RUN, KeyTile, Piece
 GATHER_ROWS = 16
 """A gather that transposes takes a multiple of so many rows."""
 
+PART_KEYS = 2048
+"""Least that one of several DMAs for transposed keys loads: 4 KiB of 16-bit ones saturate DMA."""
+
 TRANSPOSES = 4
 """Of keys, before they are copied out of PSUM: in float32 they fill a bank."""
 
 
-def load_broadcast(sources: Any) -> Any:
-    """Float32 tensors in HBM, in every partition, flat: a tile `[128, size]` for each.
+def load_small(dst: Any, src: Any, by_gpsimd: bool, plan: KernelPlan) -> None:
+    """A DMA of a few bytes that come before those of the cache.
+
+    Where GpSimd makes its descriptors, the hardware comes to the cache sooner; GpSimd does not
+    where it gathers pages.
+    """
+    is_free = by_gpsimd and plan.layout != "paged"
+    mode = nisa.dge_mode.swdge if is_free else nisa.dge_mode.unknown
+    nisa.dma_copy(dst=dst, src=src, dge_mode=mode)
+
+
+def load_broadcast(source: Any) -> Any:
+    """Float32 numbers `[n]` in HBM, in every partition: `[128, n]`.
 
     They are read once, a number a partition; a transpose of that column, repeated, has all of them
     in every partition, to the bit.
-
-    Args:
-        sources: a list of tensors of any shapes.
     """
-    total = 0
-    for source in sources:
-        total += source.size
-    columns = -(-total // PARTITIONS)
-    once = nl.ndarray((PARTITIONS, columns), nl.float32, buffer=nl.sbuf)
+    total = source.size
     every = nl.ndarray((PARTITIONS, total), nl.float32, buffer=nl.sbuf)
-    tiles, first = [], 0
-    for source in sources:
-        end, column = first + source.size, source.reshape((source.size, 1))
-        tiles.append(every[:, nl.ds(first, source.size)])
-        for c in range(first // PARTITIONS, -(-end // PARTITIONS)):
-            start = max(first, c * PARTITIONS)
-            count = min(end, (c + 1) * PARTITIONS) - start
-            there = once[nl.ds(start - c * PARTITIONS, count), c : c + 1]
-            nisa.dma_copy(dst=there, src=column[nl.ds(start - first, count), :])
-        first = end
-    for c in range(columns):
-        count = min(PARTITIONS, total - c * PARTITIONS)
+    for start, count in chunks(total):
+        once = nl.ndarray((count, 1), nl.float32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=once, src=source[nl.ds(start, count)].reshape_dim(0, (count, 1)))
         repeated = nl.ndarray((PARTITIONS, count), nl.float32, buffer=nl.psum)
-        wide = once[0:count, c : c + 1].broadcast(1, PARTITIONS)
+        wide = once.broadcast(1, PARTITIONS)
         nisa.nc_transpose(dst=repeated, data=wide, engine=nisa.engine.tensor)
-        nisa.tensor_copy(dst=every[:, nl.ds(c * PARTITIONS, count)], src=repeated)
-    return tiles
+        nisa.tensor_copy(dst=every[:, nl.ds(start, count)], src=repeated)
+    return every
 
 
 def load_constants(inputs: Inputs, plan: KernelPlan) -> Constants:
     """What every step reads."""
-    consts = Constants(None, None, None, None, None, None)
-    features, sources = plan.features, []
-    if features.needs_mask:
-        sources.append(inputs.bounds[1])
-    if features.needs_mask and features.has_low:
-        sources.append(inputs.bounds[0])
-    if features.has_scales:
-        sources.append(inputs.logit_scales)
-        sources.append(inputs.value_scales)
-    if plan.live != None:  # noqa: E711  (the kernel language has no `is`)
-        sources.append(inputs.live_edges[nl.program_id(0)])
-    if sources:
-        name_constants(consts, load_broadcast(sources), plan)
-    if features.rotary != None:  # noqa: E711
+    consts = Constants(None, None, None, None, None, None, None)
+    features = plan.features
+    if plan.tokens > 1 and (features.has_mask or features.has_new_keys):
+        consts.bits = nl.ndarray((PARTITIONS, min(BITS, plan.tokens)), nl.uint16, buffer=nl.sbuf)
+        for i in range(min(BITS, plan.tokens)):
+            nisa.memset(dst=consts.bits[:, i : i + 1], value=BOTH_BYTES << i)
+    if plan.constants:
+        name_constants(consts, load_broadcast(inputs.constants[nl.program_id(0)]), plan)
+    if features.rotary != None:  # noqa: E711  (the kernel language has no `is`)
         consts.turns = load_turns(inputs.rotary_table, PARTITIONS)
     return consts
 
 
-def name_constants(consts: Constants, tiles: Any, plan: KernelPlan) -> None:
-    """What was loaded for every partition, in the order in which it was."""
-    features, i = plan.features, 0
-    shape = (plan.batch, 1 if features.sees_alike else plan.tokens)
-    if features.needs_mask:
-        consts.high, i = tiles[i].reshape_dim(1, shape), i + 1
-    if features.needs_mask and features.has_low:
-        consts.low, i = tiles[i].reshape_dim(1, shape), i + 1
-    if features.has_scales:
-        consts.logit_scales, consts.value_scales, i = tiles[i], tiles[i + 1], i + 2
-    if plan.live != None:  # noqa: E711
-        consts.live_edges = tiles[i].reshape_dim(1, (plan.batch, 2, plan.live.width))
+def name_constants(consts: Constants, every: Any, plan: KernelPlan) -> None:
+    """The parts of what was loaded for every partition."""
+    first = 0
+    for part in plan.constants:
+        tile = every[:, nl.ds(first, part.size)].reshape_dim(1, part.shape)
+        first += part.size
+        if part.name == "high":
+            consts.high = tile
+        elif part.name == "low":
+            consts.low = tile
+        elif part.name == "logit_scales":
+            consts.logit_scales = tile
+        elif part.name == "value_scales":
+            consts.value_scales = tile
+        else:
+            consts.live_edges = tile
 
 
 def chunk_view(tensor: Any, chunk: RowChunk) -> Any:
@@ -156,7 +155,8 @@ def allocate_fa_buffers(
             continue
         for chunk in group.chunks:
             loaded = nl.ndarray((chunk.rows, plan.head_dim), query.dtype, buffer=nl.sbuf)
-            nisa.dma_copy(dst=loaded, src=chunk_view(query, chunk))
+            in_loop = plan.live != None  # noqa: E711  (whose keys come after all queries)
+            load_small(loaded, chunk_view(query, chunk), in_loop, plan)
             batches = nl.ds(chunk.first_batch, chunk.batches)
             tokens = nl.ds(chunk.first_token, chunk.tokens)
             positions = positions_of(inputs, batches, tokens, chunk.heads)
@@ -258,17 +258,30 @@ def load_keys(source: KeySource, dtype: Any, tile: KeyTile, place: Place, plan: 
     """
     if loads_by_rows(source, dtype):
         return turn_keys(source, dtype, tile, place, plan)
-    slots = nl.ds(place.start, tile.keys)
     loaded = []
     dtype = operand_dtype(source.keys, dtype)
     for start, size in chunks(plan.head_dim):
         turned = nl.ndarray((size, tile.keys), dtype, buffer=nl.sbuf)
-        if source.is_transposed:
-            nisa.dma_copy(dst=turned, src=source.keys[nl.ds(start, size), slots])
-        else:
-            nisa.dma_transpose(dst=turned, src=source.keys[slots, nl.ds(start, size)])
+        channels = nl.ds(start, size)
+        for first, count in parts_of(tile.keys, size):
+            slots, part = nl.ds(place.start, tile.keys), nl.ds(first, count)
+            if source.is_transposed:
+                nisa.dma_copy(dst=turned[:, part], src=source.keys[channels, slots][:, part])
+            else:
+                nisa.dma_transpose(dst=turned[:, part], src=source.keys[slots, channels][part, :])
         loaded.append(turned)
     return loaded
+
+
+def parts_of(keys: int, channels: int) -> list[tuple[int, int]]:
+    """(first key, count) of the DMAs for transposed keys: as many as it takes to use all queues.
+
+    A DMA uses as many of them as its partitions ask for, and so few channels are few partitions.
+    """
+    parts, step = [], max(PART_KEYS, -(-keys * channels // PARTITIONS))
+    for first in range(0, keys, step):
+        parts.append((first, min(step, keys - first)))
+    return parts
 
 
 def operand_dtype(stored: Any, dtype: Any) -> Any:

@@ -2,14 +2,17 @@
 
 from typing import Any
 
-from jax_tkg.nki.buffers import MASKED, Constants, Inputs, Logits, Place
+from jax_tkg.nki.buffers import BITS, MASKED, Constants, Inputs, Logits, Place
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.mask import hidden_by_key
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowGroup
+from jax_tkg.nki.steps.load import load_small
 from jax_tkg.nki.steps.new_keys import load_for_rows
 from jax_tkg.nki.steps.qk import spans_of
-from jax_tkg.nki.tiles import KeyTile
+from jax_tkg.nki.tiles import KeyTile, Piece
+
+EVERY_BIT = 255
 
 
 def mask_cached(
@@ -35,7 +38,7 @@ def mask_cached(
     if tile.is_masked:
         hidden = find_hidden(inputs, pages, consts, place, tile, group, plan)
     if features.has_mask:
-        hidden = join_dense(hidden, inputs, place, tile, group, plan)
+        hidden = join_dense(hidden, inputs, consts, place, tile, group, plan)
     heads = hidden.shape[3]
     for piece in tile.cached:
         for span in spans_of(piece, logits):
@@ -133,10 +136,18 @@ def load_positions(inputs: Inputs, tile: KeyTile, group: RowGroup) -> Any:
 
 
 def join_dense(
-    hidden: Any, inputs: Inputs, place: Place, tile: KeyTile, group: RowGroup, plan: KernelPlan
+    hidden: Any,
+    inputs: Inputs,
+    consts: Constants,
+    place: Place,
+    tile: KeyTile,
+    group: RowGroup,
+    plan: KernelPlan,
 ) -> Any:
     """Hidden by position or by the dense mask: `[128, columns, b, heads or 1, T]`."""
-    dense = load_dense(inputs.hidden, nl.uint8, 1, place, tile, group, plan)
+    packed = load_dense(inputs.hidden, nl.uint8, EVERY_BIT, place, tile, group, plan)
+    words = packed.view(nl.uint16) if group.tokens > 1 else packed
+    dense = unpack_tokens(words, consts.bits, group.tokens)
     if hidden == None and dense.shape[3] == 1:  # noqa: E711
         return dense
     joined = nl.ndarray(dense.shape, nl.uint8, buffer=nl.sbuf)
@@ -150,6 +161,33 @@ def join_dense(
     return joined
 
 
+def unpack_tokens(packed: Any, bits: Any, tokens: int) -> Any:
+    """From bits `[128, columns, b, heads, words]` to bytes `[..., T]`, not 0 where one is set.
+
+    Words are uint8 for 8 tokens, or uint16 for 16, see `Inputs.hidden`: with these the Vector
+    engine is faster, and each gives two tokens at once. For `bits` see `Constants`.
+    """
+    if tokens == 1:
+        return packed
+    keys, columns, batches, heads, count = packed.shape
+    together = 1 if packed.dtype == nl.uint8 else 2
+    each = BITS if count > 1 else -(-tokens // together)
+    if together == 1:
+        bits = bits.view(nl.uint8)[:, 0 : 2 * each : 2]
+    shape = (keys, columns, batches, heads, count * each)
+    unpacked = nl.ndarray(shape, packed.dtype, buffer=nl.sbuf)
+    every = bits[0:keys, 0:each].expand_dim(1).expand_dim(2).expand_dim(3)
+    every = every.broadcast(1, columns).broadcast(2, batches).broadcast(3, heads)
+    for i in range(count):
+        nisa.tensor_tensor(
+            dst=unpacked[:, :, :, :, nl.ds(i * each, each)],
+            data1=packed[:, :, :, :, i : i + 1].broadcast(4, each),
+            data2=every,
+            op=nl.bitwise_and,
+        )
+    return unpacked.view(nl.uint8)[:, :, :, :, 0:tokens]
+
+
 def load_dense(
     dense: Any,
     dtype: Any,
@@ -159,7 +197,7 @@ def load_dense(
     group: RowGroup,
     plan: KernelPlan,
 ) -> Any:
-    """A dense mask or bias of a tile: `[128, columns, b, heads or 1, T]`; `beyond` its keys."""
+    """A dense mask or bias of a tile: `[128, columns, b, heads or 1, ...]`; `beyond` its keys."""
     together = dense.shape[2]
     heads = group.kv_heads * group.queries if dense.shape[3] > 1 else 1
     first = group.first_kv * plan.group + group.first_query if dense.shape[3] > 1 else 0
@@ -181,7 +219,7 @@ def load_dense(
             mine = dense[number, slots, :, nl.ds(first, heads)]
             by_key = mine.reshape_dim(0, (p, piece.subtiles))
             nisa.dma_copy(dst=by_batch[0:p, b, part], src=by_key)
-    return loaded.broadcast(4, plan.tokens) if tokens < plan.tokens else loaded
+    return loaded
 
 
 def find_unseen(hidden: Any, group: RowGroup) -> Any:
@@ -204,7 +242,12 @@ def find_unseen(hidden: Any, group: RowGroup) -> Any:
 
 
 def mask_new(
-    logits: Logits, inputs: Inputs, tile: KeyTile, group: RowGroup, plan: KernelPlan
+    logits: Logits,
+    inputs: Inputs,
+    consts: Constants,
+    tile: KeyTile,
+    group: RowGroup,
+    plan: KernelPlan,
 ) -> None:
     """Adds the bias of new keys, and masks those that a row may not see."""
     for piece in tile.new:
@@ -213,8 +256,27 @@ def mask_new(
         if plan.features.has_bias:
             bias = load_for_rows(inputs.new_bias, piece, group, plan)
             nisa.tensor_tensor(dst=part, data1=part, data2=bias, op=nl.add)
-        hidden = load_for_rows(inputs.new_hidden, piece, group, plan)
-        nisa.tensor_copy_predicated(dst=part, src=MASKED, predicate=hidden)
+        hidden = load_new_hidden(inputs, consts, piece, group, plan)
+        rows = part.reshape_dim(1, hidden.shape[1:4])
+        nisa.tensor_copy_predicated(dst=rows, src=MASKED, predicate=hidden)
+
+
+def load_new_hidden(
+    inputs: Inputs, consts: Constants, piece: Piece, group: RowGroup, plan: KernelPlan
+) -> Any:
+    """Which new keys are hidden, `[keys, b, heads, T]`; all heads see alike or each has its own."""
+    heads, every = group.kv_heads * group.queries, inputs.new_hidden.shape[2]
+    first = group.first_kv * plan.group + group.first_query if every > 1 else 0
+    mine = inputs.new_hidden[
+        nl.ds(piece.start, piece.keys),
+        nl.ds(group.first_batch, group.batches),
+        nl.ds(first, heads if every > 1 else 1),
+    ]
+    packed = nl.ndarray(mine.shape, nl.uint8, buffer=nl.sbuf)
+    in_loop = plan.live != None  # noqa: E711  (whose keys come after these)
+    load_small(packed, mine, in_loop, plan)
+    hidden = unpack_tokens(packed.expand_dim(1), consts.bits, group.tokens)[:, 0]
+    return hidden.broadcast(2, heads) if every == 1 else hidden
 
 
 def add_bias(
@@ -225,6 +287,8 @@ def add_bias(
         return
     bias = load_dense(inputs.bias, nl.float32, 0.0, place, tile, group, plan)
     heads = bias.shape[3]
+    if bias.shape[4] < group.tokens:
+        bias = bias.broadcast(4, group.tokens)
     for piece in tile.cached:
         for span in spans_of(piece, logits):
             p = piece.partitions

@@ -8,6 +8,7 @@ from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowGroup
 from jax_tkg.nki.steps.load import (
     global_rows,
+    load_small,
     positions_of,
     rotate,
     transpose,
@@ -35,7 +36,7 @@ def load_new_keys(
     for piece in tile.new:
         rows = nl.ndarray((group.pairs * piece.keys, plan.head_dim), dtype, buffer=nl.sbuf)
         by_row = (0, 2, 1, 3)
-        load_new(rows, piece_view(inputs.new_key, piece, group).permute(by_row), plan)
+        load_small(rows, piece_view(inputs.new_key, piece, group).permute(by_row), True, plan)
         batches = nl.ds(group.first_batch, group.batches)
         tokens = nl.ds(piece.start, piece.keys)
         rotate(rows, positions_of(inputs, batches, tokens, group.kv_heads), consts, plan)
@@ -54,19 +55,10 @@ def load_new_keys(
         step = -(-group.batches // VALUE_LOADS)
         for first in range(0, group.batches, step):
             some = nl.ds(first, min(step, group.batches - first))
-            load_new(by_pair[:, some], values[:, some], plan)
+            by_gpsimd = plan.live == None  # noqa: E711  (which in a loop has queries and masks)
+            load_small(by_pair[:, some], values[:, some], by_gpsimd, plan)
         loaded.values.append(tile_values)
     return loaded
-
-
-def load_new(dst: Any, src: Any, plan: KernelPlan) -> None:
-    """A DMA of new keys or values, which come before those of the cache.
-
-    GpSimd makes its descriptors, so that the hardware comes to the cache sooner; but not where
-    GpSimd gathers pages.
-    """
-    mode = nisa.dge_mode.unknown if plan.layout == "paged" else nisa.dge_mode.swdge
-    nisa.dma_copy(dst=dst, src=src, dge_mode=mode)
 
 
 def piece_view(tensor: Any, piece: Piece, group: RowGroup) -> Any:

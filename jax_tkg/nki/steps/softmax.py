@@ -44,10 +44,8 @@ def max_over_columns(logits: Logits, group: RowGroup) -> Any:
     return largest
 
 
-def fa_update_running_max(
-    tile_max: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan
-) -> None:
-    """The new running maximum, and by what factor all that was summed before shrinks."""
+def fa_update_running_max(tile_max: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan) -> Any:
+    """The new running maximum, `[128, R]`; it becomes the rows' in `fa_update_decay`."""
     if plan.every_tile:
         mine = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
         nisa.tensor_copy(dst=mine, src=tile_max)
@@ -56,36 +54,46 @@ def fa_update_running_max(
         tile_max = mine
     if is_first:
         nisa.tensor_scalar(dst=bufs.max, data=tile_max, op0=nl.maximum, operand0=LOWEST_MAX)
-        return
+        return bufs.max
     largest = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=largest, data1=tile_max, data2=bufs.max, op=nl.maximum)
+    return largest
+
+
+def fa_update_decay(largest: Any, bufs: RowBuffers, plan: KernelPlan) -> None:
+    """By what factor all that was summed before shrinks; the weights do not wait for it."""
     nisa.tensor_tensor(dst=bufs.decay, data1=bufs.max, data2=largest, op=nl.subtract)
     nisa.activation(dst=bufs.decay, op=nl.exp, data=bufs.decay, scale=plan.logit_unit)
     nisa.tensor_copy(dst=bufs.max, src=largest)
 
 
 def compute_exp_qk(
-    logits: Logits, bufs: RowBuffers, tile: KeyTile, group: RowGroup, plan: KernelPlan
-) -> Any:
-    """exp(logit - running maximum), float32 `[128, columns, R]`."""
-    weights = nl.ndarray((PARTITIONS, tile.columns, group.rows), nl.float32, buffer=nl.sbuf)
+    logits: Logits, dtype: Any, largest: Any, tile: KeyTile, group: RowGroup, plan: KernelPlan
+) -> tuple[Any, Any]:
+    """exp(logit - running maximum), `[128, columns, R]`, in the type of the values and in float32.
+
+    Sums are taken of the float32 ones, for an exact LSE; the products wait for the others, which
+    come first.
+    """
+    shape = (PARTITIONS, tile.columns, group.rows)
+    exact = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+    weights = exact if dtype == nl.float32 else nl.ndarray(shape, dtype, buffer=nl.sbuf)
     for i in range(len(logits.banks)):
         bank = logits.banks[i]
-        count = bank.shape[1]
-        top = bufs.max.expand_dim(1).broadcast(1, count)
+        top = largest.expand_dim(1).broadcast(1, bank.shape[1])
         nisa.tensor_tensor(dst=bank, data1=bank, data2=top, op=nl.subtract)
-        part = weights[:, nl.ds(i * logits.per_bank, count), :]
-        nisa.activation(dst=part, op=nl.exp, data=bank, scale=plan.logit_unit)
-    return weights
+        exp_of_bank(weights, i, logits, plan)
+    if dtype != nl.float32:
+        for i in range(len(logits.banks)):
+            exp_of_bank(exact, i, logits, plan)
+    return weights, exact
 
 
-def round_weights(weights: Any, dtype: Any) -> Any:
-    """Weights in the type of the values; sums are taken of the float32 ones, for an exact LSE."""
-    if dtype == nl.float32:
-        return weights
-    rounded = nl.ndarray(weights.shape, dtype, buffer=nl.sbuf)
-    nisa.activation(dst=rounded, op=nl.copy, data=weights)
-    return rounded
+def exp_of_bank(weights: Any, i: int, logits: Logits, plan: KernelPlan) -> None:
+    """The weights of bank i of the logits."""
+    bank = logits.banks[i]
+    part = weights[:, nl.ds(i * logits.per_bank, bank.shape[1]), :]
+    nisa.activation(dst=part, op=nl.exp, data=bank, scale=plan.logit_unit)
 
 
 def cascaded_sum_reduction(
@@ -127,7 +135,7 @@ def take_part_in_exchanges(bufs: RowBuffers, plan: KernelPlan) -> None:
     """The exchanges of a tile that only the other program has, and what follows from them here."""
     nothing = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=nothing, value=LOWEST_MAX)
-    fa_update_running_max(nothing, bufs, False, plan)
+    fa_update_decay(fa_update_running_max(nothing, bufs, False, plan), bufs, plan)
     nisa.memset(dst=nothing, value=0.0)
     fa_update_running_sum(nothing, bufs, False, plan)
     fa_rescale_output(bufs)
