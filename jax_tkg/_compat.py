@@ -43,6 +43,10 @@ except ImportError:
         return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]
 
 
+UPDATES_HAVE_TYPES = jax.__version_info__ >= (0, 8)
+"""Whether JAX types, on an explicit mesh, what `jax.vmap` makes of an update in place."""
+
+
 def varying_axes(aval: Any) -> frozenset[str]:
     """Manual mesh axes over which a value of this type differs between devices."""
     manual = getattr(aval, "mat", None)  # jax 0.10 and later
@@ -69,12 +73,16 @@ def like_query(query: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     return query.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def stacked_sharding(query: Any, query_axis: int | None, mapped: Any, axis: int) -> NamedSharding:
-    """The sharding of results `[V, B, T, N, ...]` of vmap, given types and their mapped axes.
+def stacked_sharding(
+    query: Any, query_axis: int | None, mapped: Any, axis: int, levels: int
+) -> NamedSharding:
+    """The sharding of results `[V, ..., B, T, N, ...]` of vmap, given types and their mapped axes.
 
-    B, T and N are sharded as the query's, V as the mapped operand's axis.
+    B, T and N are sharded as the query's, V as the mapped operand's axis; the axes of the levels
+    of vmap inside it are not.
     """
-    rows = [s for i, s in enumerate(query.sharding.spec) if i != query_axis][:3]
+    rows = [s for i, s in enumerate(query.sharding.spec) if i != query_axis]
+    rows = [None] * levels + rows[len(rows) - 4 : -1]
     spec = PartitionSpec(mapped.sharding.spec[axis], *rows)
     return NamedSharding(query.sharding.mesh, spec)
 
@@ -143,6 +151,65 @@ def as_split(
 def mapped_axes() -> frozenset[str]:
     """The mesh axes that a `shard_map` has made manual here: arrays are those of a device."""
     return frozenset(get_abstract_mesh().manual_axes)
+
+
+def all_axes_mapped() -> bool:
+    """Whether a `shard_map` has made every axis of the mesh manual here."""
+    mesh = get_abstract_mesh()
+    return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def partly_mapped(ctx: mlir.LoweringRuleContext) -> tuple[Mesh, Mesh] | None:
+    """In a `shard_map` over some axes of a mesh: that mesh, and one of the other axes alone.
+
+    Raises:
+        NotImplementedError: if the mesh has no devices yet.
+    """
+    axis_context: Any = ctx.module_context.axis_context
+    if not isinstance(axis_context, mlir.SPMDAxisContext):
+        return None
+    mesh: Any = axis_context.mesh
+    left = [name for name in mesh.axis_names if name not in axis_context.manual_axes]
+    if not left or len(left) == len(mesh.axis_names):
+        return None
+    if not isinstance(mesh, Mesh):
+        raise NotImplementedError(
+            "a kernel in a shard_map over some axes of an abstract mesh: say how the others split "
+            "the arrays with sharding=jax_tkg.sharding.AttentionSharding(mesh, ...)."
+        )
+    first = tuple(slice(None) if name in left else 0 for name in mesh.axis_names)
+    return mesh, Mesh(mesh.devices[first], left)
+
+
+def axes_that_split(sharding: Any, axes: int, mesh: Mesh) -> tuple[tuple[str, ...], ...]:
+    """For each axis of an array, the mesh axes that split it; of a sharding that names devices.
+
+    Args:
+        sharding: as the compiler gives it, by the numbers of devices in the mesh.
+        axes: how many axes the array has.
+        mesh: of these devices.
+
+    Raises:
+        ValueError: if a mesh axis splits something in part.
+    """
+    placed = sharding._to_xla_hlo_sharding(axes)
+    if placed.is_replicated():
+        return ((),) * axes
+    sizes = tuple(placed.tile_assignment_dimensions())
+    order = np.argsort(np.asarray(placed.tile_assignment_devices()))
+    place = np.stack(np.unravel_index(order, sizes)).reshape(-1, *mesh.devices.shape)
+    found = []
+    for of_axis in place[:axes]:
+        steps = {  # how far the next device along a mesh axis has its part of the array's
+            name: int(np.take(of_axis, 1, i).flat[0])
+            for i, name in enumerate(mesh.axis_names)
+            if mesh.devices.shape[i] > 1
+        }
+        strides = [steps.get(name, 0) for name in mesh.axis_names]
+        if not np.array_equal(of_axis, np.tensordot(strides, np.indices(mesh.devices.shape), 1)):
+            raise ValueError(f"an array is split over a part of an axis of {dict(mesh.shape)}.")
+        found.append(tuple(sorted((n for n, x in steps.items() if x), key=lambda n: -steps[n])))
+    return tuple(found)
 
 
 def mesh_to_map(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh | None:

@@ -1,10 +1,10 @@
 """The op as a JAX primitive: abstract evaluation, lowering, batching, differentiation, in order.
 
 A primitive, so that the implementation is chosen when the platform is known (lowering) and only its
-code is traced, and so that vmap folds into the batch instead of batching a loop.
+code is traced, and so that vmap batches the call and not a loop (`jax_tkg.copies`).
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,20 @@ from jax.interpreters import batching
 from jax_tkg import _compat, rotation
 from jax_tkg._typing import Array
 from jax_tkg.choice import choose
+from jax_tkg.copies import (
+    Level,
+    Levels,
+    as_rows,
+    in_heads,
+    levels_of,
+    over,
+    type_of_all,
+    type_of_one,
+)
 from jax_tkg.implementations import Implementation
 from jax_tkg.lowering import lower_as_chosen, run_compiled
 from jax_tkg.online.plan import Target
-from jax_tkg.operands import (
-    Operands,
-    fold_into_batch,
-    fold_into_heads,
-    maps_heads_only,
-    unfold_heads,
-)
+from jax_tkg.operands import Operands, maps_heads_only
 from jax_tkg.problem import AttentionProblem, Op
 
 _PRIMITIVES = {op: Primitive(op.value) for op in Op}
@@ -44,15 +48,28 @@ def bind(
         output, maximum and sum in float32. With `rope`, behind them the rotated new keys.
     """
     leaves, tree = jax.tree.flatten(ops)
+    return _bind_leaves(problem, *leaves, tree=tree, tried=tried, levels=())
+
+
+def _bind_leaves(
+    problem: AttentionProblem, *leaves: Array, tree: Any, tried: Any, levels: Levels
+) -> tuple[Array, ...]:
     primitive = _PRIMITIVES[problem.op]
-    return tuple(primitive.bind(*leaves, tree=tree, problem=problem, tried=tried))
+    found = primitive.bind(*leaves, tree=tree, problem=problem, tried=tried, levels=levels)
+    return tuple(found)
 
 
 # --- abstract evaluation
 
 
-def _abstract_eval(*leaves: Any, tree: Any, problem: AttentionProblem, **_: Any) -> Any:
-    ops = jax.tree.unflatten(tree, leaves)
+def _abstract_eval(
+    *leaves: Any, tree: Any, problem: AttentionProblem, levels: Levels, **_: Any
+) -> Any:
+    one = [type_of_one(levels, i, x) for i, x in enumerate(leaves)]
+    return [type_of_all(levels, x) for x in _types_of_one(problem, jax.tree.unflatten(tree, one))]
+
+
+def _types_of_one(problem: AttentionProblem, ops: Any) -> Any:
     query = ops.query
     rows = query.shape[:3]
     float32 = np.dtype(np.float32)
@@ -71,98 +88,90 @@ def _choose(
     tree: Any,
     problem: AttentionProblem,
     tried: tuple[Implementation, ...],
-) -> Implementation:
+    levels: Levels,
+) -> Implementation | None:
+    """None for copies that become rows of one problem, for which another may be chosen."""
     del leaves, tree
+    if levels and not target.auto_partitioned:
+        return None
     return choose(problem, target, tried).require()
 
 
 def _run(
-    chosen: Implementation,
+    chosen: Implementation | None,
     target: Target,
     *leaves: Array,
     tree: Any,
     problem: AttentionProblem,
     tried: tuple[Implementation, ...],
+    levels: Levels,
 ) -> tuple[Array, ...]:
-    del tried
-    with jax.named_scope(f"{problem.op}[{chosen.name}]"):
+    if chosen is None:
+        folded, ops = as_rows(problem, levels, leaves, tree)
+        sizes = [level.size for level in levels]
+        results = bind(folded, tried, ops)
+        return tuple(x.reshape(*sizes, problem.batch, *x.shape[1:]) for x in results)
+
+    def run(*leaves: Array) -> tuple[Array, ...]:
         out, *rest = rotation.run(chosen, problem, jax.tree.unflatten(tree, leaves), target)
         return out.astype(problem.out_dtype), *rest
+
+    with jax.named_scope(f"{problem.op}[{chosen.name}]"):
+        return tuple(over(levels, run)(*leaves))
 
 
 # --- batching
 
 
 def _batch(
-    leaves: Any, dims: Any, *, tree: Any, problem: AttentionProblem, tried: Any
+    leaves: Any, dims: Any, *, tree: Any, problem: AttentionProblem, tried: Any, levels: Levels
 ) -> tuple[Any, Any]:
     mapped, axis = next((x, d) for x, d in zip(leaves, dims, strict=True) if d is not None)
-    size, axes = mapped.shape[axis], jax.tree.unflatten(tree, dims)
+    level = Level(mapped.shape[axis], tuple(d is not None for d in dims))
+    axes = jax.tree.unflatten(tree, dims)
     ops = jax.tree.unflatten(tree, leaves)
+    call = partial(_bind_leaves, tree=tree, tried=tried)
 
     def stacked(name: str) -> Any:
         type_, own = jax.typeof(getattr(ops, name)), getattr(axes, name)
-        return _compat.stacked_sharding(type_, own, jax.typeof(mapped), axis)
-
-    sharding = stacked("query")
-    by_copy, by_row = sharding.spec[:2]
-    if maps_heads_only(axes):
-        attend = _attend_in_heads
-    elif not jax.tree.leaves(axes.kv) or (by_row is not None and by_copy is None):
-        attend = _attend_in_turn
-    else:
-        attend = _attend_in_batch
+        return _compat.stacked_sharding(type_, own, jax.typeof(mapped), axis, len(levels))
 
     def attend_copies(*leaves: Array) -> list[Array]:
-        return attend(problem, tried, jax.tree.unflatten(tree, leaves), axes, size)
+        if maps_heads_only(axes):
+            given = _with_axis_at(leaves, dims, partial(levels_of, levels))
+            attend = partial(call, levels=levels)
+            return in_heads(problem, level, levels, given, tree, attend)
+        given = _with_axis_at(leaves, dims, lambda _: 0)
+        if not jax.tree.leaves(axes.kv):
+            return _attend_in_turn(partial(call, problem, levels=levels), level, given)
+        return list(call(problem, *given, levels=(level, *levels)))
 
-    shardings = [sharding] * (2 if problem.normalize else 3)
+    shardings = [stacked("query")] * (2 if problem.normalize else 3)
     shardings += [] if problem.rope is None else [stacked("new_key")]
     results = _compat.partitioned_by_compiler(attend_copies, shardings, *leaves)
     return results, [0] * len(results)
 
 
-def _attend_in_heads(
-    problem: AttentionProblem, tried: Any, ops: Operands, axes: Operands, size: int
-) -> list[Array]:
-    """All copies as query heads of one problem: what only they have is read with one cache."""
-    ops = fold_into_heads(ops, axes, problem.num_kv_heads, size)
-    folded = _with_dense_of(ops, replace(problem, num_heads=problem.num_heads * size))
-    results = list(bind(folded, tried, ops))
-    keys = [] if problem.rope is None else [results.pop()]  # of all copies, the same
-    copies = [jnp.broadcast_to(x, (size, *x.shape)) for x in keys]
-    return [unfold_heads(r, problem.num_kv_heads, size) for r in results] + copies
-
-
-def _attend_in_batch(
-    problem: AttentionProblem, tried: Any, ops: Operands, axes: Operands, size: int
-) -> list[Array]:
-    """All copies as rows of one problem."""
-    ops = fold_into_batch(ops, axes, size)
-    folded = _with_dense_of(ops, replace(problem, batch=problem.batch * size))
-    return [r.reshape(size, problem.batch, *r.shape[1:]) for r in bind(folded, tried, ops)]
+def _with_axis_at(leaves: Any, dims: Any, where: Callable[[int], int]) -> list[Array]:
+    """The arrays with the mapped axis of array i at `where(i)`."""
+    return [
+        x if d is None else jnp.moveaxis(x, d, where(i))
+        for i, (x, d) in enumerate(zip(leaves, dims, strict=True))
+    ]
 
 
 def _attend_in_turn(
-    problem: AttentionProblem, tried: Any, ops: Operands, axes: Operands, size: int
+    attend: Callable[..., Sequence[Array]], level: Level, leaves: Sequence[Array]
 ) -> list[Array]:
-    """One copy after another: the cache they share is not repeated, nor its sharded rows moved."""
-    del size
-    leaves, tree = jax.tree.flatten(ops)
-    dims = tree.flatten_up_to(axes)  # type: ignore[attr-defined]
-    own = [jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True) if d is not None]
+    """One copy after another: the cache they share is not repeated."""
+    own = [x for x, is_own in zip(leaves, level.mapped, strict=True) if is_own]
 
-    def attend_one(own: list[Array]) -> tuple[Array, ...]:
+    def attend_one(own: list[Array]) -> Sequence[Array]:
         given = iter(own)
-        filled = [x if d is None else next(given) for x, d in zip(leaves, dims, strict=True)]
-        return bind(problem, tried, jax.tree.unflatten(tree, filled))
+        filled = zip(leaves, level.mapped, strict=True)
+        return attend(*(next(given) if is_own else x for x, is_own in filled))
 
     return list(lax.map(attend_one, own))
-
-
-def _with_dense_of(ops: Operands, problem: AttentionProblem) -> AttentionProblem:
-    mask, bias = (None if x is None else tuple(x.shape) for x in (ops.mask, ops.bias))
-    return replace(problem, mask=mask, bias=bias)
 
 
 # --- the primitives, one for each op
@@ -170,7 +179,7 @@ def _with_dense_of(ops: Operands, problem: AttentionProblem) -> AttentionProblem
 for _primitive in _PRIMITIVES.values():
     _primitive.multiple_results = True
     _primitive.def_abstract_eval(_abstract_eval)
-    run_compiled(_primitive, ("tree", "problem", "tried"))
+    run_compiled(_primitive, ("tree", "problem", "tried", "levels"))
     lower_as_chosen(_primitive, _choose, _run)
     batching.primitive_batchers[_primitive] = _batch
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from jax_tkg._typing import Array
 from jax_tkg.masks import default_query_positions
-from jax_tkg.online.backward import attention_backward
 from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
+from jax_tkg.prefill.backward import attention_backward
 from jax_tkg.problem import AttentionProblem
 
 

@@ -20,8 +20,8 @@ from jax_tkg.lnc.exchange import AXIS, in_order
 from jax_tkg.lnc.program import run_program
 from jax_tkg.lnc.shares import Split, localise, split_of
 from jax_tkg.nki.arguments import kernel_limits, plan_kernel
-from jax_tkg.online.backward import attention_backward
 from jax_tkg.operands import Operands
+from jax_tkg.prefill.backward import attention_backward
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.sharding import AttentionSharding
 

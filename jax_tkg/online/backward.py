@@ -10,6 +10,7 @@ It runs on the dense form `[B, K, S, H]` in float32; `jax.vjp` of the layout's o
 cotangents back to pages and transposed keys.
 """
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -39,11 +40,12 @@ BACKWARD_QUERIES, BACKWARD_TILE = 256, 1024
 they would be more than the keys and values are."""
 
 
-def attention_backward(
+def backward_in_tiles(
     problem: AttentionProblem,
     ops: Operands,
     results: tuple[Array, ...],
     cotangents: tuple[Array, ...],
+    most: int = sys.maxsize,
 ) -> Operands:
     """Cotangents of the operands, in the operands' tree; None for what has none (integers).
 
@@ -53,10 +55,11 @@ def attention_backward(
         results: output `[B, T, N, Hv]` and log-sum-exp `[B, T, N]`; of a problem that is not
             normalised, output, maximum and sum.
         cotangents: of the results. That of the maximum is not used: it is a constant.
+        most: keys a step at most.
     """
     (key, value), pull_read = jax.vjp(partial(_read, ops.kv), *_float_arrays(ops.kv))
     k_scale, v_scale = ops.kv.k_scale, ops.kv.v_scale
-    step = _BackwardStep(problem, ops, results, cotangents)
+    step = _BackwardStep(problem, ops, results, cotangents, most)
     shared = step.nothing_found()
     d_key, d_value, shared = step.run(
         step.masks.cached, _scaled(key, k_scale), _scaled(value, v_scale), shared
@@ -91,14 +94,18 @@ def attention_backward(
 
 
 def key_tile(problem: AttentionProblem, run: KeyRun) -> int:
-    """Keys a step: all of them where the queries are few.
+    """Keys a step."""
+    return run.size if takes_all_keys(problem) else min(BACKWARD_TILE, run.size)
+
+
+def takes_all_keys(problem: AttentionProblem) -> bool:
+    """Whether a step takes all keys, where the queries are few.
 
     Their scores are then no larger than the keys and values in float32 that are there anyway, and
     nothing is cut out of slots that the compiler may have split between devices.
     """
     widths = problem.head_dim + problem.value_head_dim
-    few = problem.op is Op.TKG and problem.rows_per_head <= widths
-    return run.size if few else min(BACKWARD_TILE, run.size)
+    return problem.op is Op.TKG and problem.rows_per_head <= widths
 
 
 def _float_arrays(kv: KVLayout) -> tuple[Array, ...]:
@@ -160,8 +167,9 @@ class _BackwardStep:
         ops: Operands,
         results: tuple[Array, ...],
         cotangents: tuple[Array, ...],
+        most: int,
     ) -> None:
-        self.problem = problem
+        self.problem, self.most = problem, most
         self.masks = MaskTiles.create(problem, ops)
         self.rows = (problem.batch, problem.num_kv_heads, problem.group, problem.num_tokens)
         self.query, self.d_out = self._rows(ops.query), self._rows(cotangents[0])
@@ -198,7 +206,7 @@ class _BackwardStep:
         grid = make_grid(
             self.problem,
             min(BACKWARD_QUERIES, self.problem.num_tokens),
-            key_tile(self.problem, run),
+            min(key_tile(self.problem, run), self.most),
             beside=run is self.masks.beside,
         )
         pairs = jnp.asarray(grid.pairs())
@@ -282,6 +290,8 @@ class _BackwardStep:
 
 
 def _add_at(total: Array, part: Array, starts: tuple[Array | int, ...]) -> Array:
+    if part.shape == total.shape:
+        return total + part
     at = [jnp.asarray(x, jnp.int32) for x in starts]
     old = lax.dynamic_slice(total, at, part.shape)
     return lax.dynamic_update_slice(total, old + part, at)

@@ -5,6 +5,7 @@ import numpy as np
 from jax import lax
 
 from jax_tkg._typing import Array, Float
+from jax_tkg.copies import largest, least
 from jax_tkg.online.plan import OnlinePlan
 from jax_tkg.online.tiles import (
     MaskTiles,
@@ -54,7 +55,7 @@ class BlockStep:
         if not self.plan.dynamic_trips:
             return 0, self.plan.num_tiles
         first, end = self.masks.cached.live()
-        return jnp.min(first) // self.plan.tile, -(-jnp.max(end) // self.plan.tile)
+        return least(first) // self.plan.tile, -(-largest(end) // self.plan.tile)
 
     def fold_tile(self, i: Array, state: SoftmaxState) -> SoftmaxState:
         """Folds tile i of the cache."""

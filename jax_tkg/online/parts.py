@@ -14,6 +14,7 @@ from jax import lax
 from jax_tkg._typing import Array, Float
 from jax_tkg.cache import storage
 from jax_tkg.cache.axes import in_order, slice_axes
+from jax_tkg.copies import largest, least
 from jax_tkg.online.blocks import BlockStep, add_sinks
 from jax_tkg.online.plan import OnlinePlan
 from jax_tkg.online.tiles import MaskTiles, adjust_logits, ungrouped, without_unseen
@@ -78,8 +79,8 @@ class _PartStep:
         begin = jnp.arange(self.plan.parts, dtype=jnp.int32) * self.slots
         first, end = (jnp.clip(x[:, None] - begin, 0, self.slots) for x in self.masks.cached.live())
         lives = first < end
-        first = jnp.min(jnp.where(lives, first, self.slots))
-        return first // tile, -(-jnp.max(jnp.where(lives, end, 0)) // tile)
+        first, end = jnp.where(lives, first, self.slots), jnp.where(lives, end, 0)
+        return least(first) // tile, -(-largest(end) // tile)
 
     def fold_tile(self, i: Array | int, state: SoftmaxState) -> SoftmaxState:
         """Folds slots from `i * tile` on of every part."""

@@ -5,23 +5,22 @@ through the merge: from the whole row's output and log-sum-exp each device has t
 own keys; only those of what devices share are summed.
 """
 
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from jax_tkg import _compat, rotation
 from jax_tkg._typing import Array
 from jax_tkg.implementations import Implementation
 from jax_tkg.operands import Operands
 from jax_tkg.primitive import bind, result_names
+from jax_tkg.sharding.backward import backward_divided
 from jax_tkg.sharding.division import Division
+from jax_tkg.sharding.mapped import on_devices
 from jax_tkg.sharding.merge import merge_parts
 from jax_tkg.sharding.operands import (
     Shards,
@@ -29,8 +28,8 @@ from jax_tkg.sharding.operands import (
     count_sinks_once,
     localise,
     make_shards,
+    result_specs,
     shard_specs,
-    whole_bias,
 )
 from jax_tkg.sharding.placement import typed, typed_shards
 
@@ -129,14 +128,14 @@ def _forward_on_mesh(leaves: list[Array], *, tree: Any, division: Division, trie
         return attend_to_shard(division, tried, jax.tree.unflatten(of_shards, shards))
 
     specs = shard_specs(division, jax.tree.unflatten(of_shards, shards))
-    mapped = _mapped(
+    return on_devices(
         division,
         on_device,
-        _flat(of_shards, specs),
+        shards,
+        of_shards.flatten_up_to(specs),  # type: ignore[attr-defined]
         result_specs(division),
         check_vma=not division.local.exchange,  # an implementation is traced without these types
     )
-    return mapped(*shards)
 
 
 @partial(jax.jit, static_argnames=("tree", "division"))
@@ -144,93 +143,9 @@ def _backward_on_mesh(leaves: list[Array], *, tree: Any, division: Division) -> 
     """Cotangents in the operands' tree, None for integers."""
     ops, results, cotangents = jax.tree.unflatten(tree, leaves)
     parts = typed_shards(division, make_shards(division, ops))
-    shards, of_shards = jax.tree.flatten(parts)
-    specs = _flat(of_shards, shard_specs(division, parts))
-    floats = [i for i, x in enumerate(shards) if jnp.issubdtype(x.dtype, jnp.floating)]
-
-    def on_device(shards: list[Array], results: Any, cotangents: Any) -> list[Array]:
-        shards, results, cotangents = _varying((shards, results, cotangents))
-        dtypes = [shards[i].dtype for i in floats]
-        own = jax.tree.unflatten(of_shards, shards)
-
-        def local(given: list[Array]) -> Operands:
-            filled = dict(enumerate(shards)) | dict(zip(floats, given, strict=True))
-            ops = localise(division, jax.tree.unflatten(of_shards, list(filled.values())))
-            return count_sinks_once(division, ops)
-
-        wide = [_wide(own, shards[i]) for i in floats]
-        _, pull = jax.vjp(lambda given: _floats(local(given)), wide)
-        found = rotation.backward(division.differentiated, local(wide), results, cotangents)
-        (summed,) = pull(_floats(found))
-        summed = _sum_shared(division, summed, [specs[i] for i in floats])
-        return [x.astype(dtype) for x, dtype in zip(summed, dtypes, strict=True)]
-
-    of_results = result_specs(division)
-    mapped = _mapped(
-        division, on_device, (specs, of_results, of_results), [specs[i] for i in floats]
-    )
-    found = dict(zip(floats, mapped(shards, tuple(results), tuple(cotangents)), strict=True))
-    d_shards = jax.tree.unflatten(of_shards, [found.get(i) for i in range(len(shards))])
-    return replace(d_shards.ops, bias=whole_bias(division, d_shards))
-
-
-def _flat(tree: Any, leaves: Any) -> list[Any]:
-    return list(tree.flatten_up_to(leaves))
-
-
-def _floats(ops: Operands) -> list[Array]:
-    return [x for x in jax.tree.leaves(ops) if jnp.issubdtype(x.dtype, jnp.floating)]
-
-
-def _wide(shards: Shards, array: Array) -> Array:
-    """In float32, so that what is summed over devices is rounded once; not the cache."""
-    kv = shards.ops.kv
-    return array if array is kv.key or array is kv.value else array.astype(jnp.float32)
-
-
-def _sum_shared(
-    division: Division, cotangents: list[Array], specs: list[PartitionSpec]
-) -> list[Array]:
-    """Sums each over the devices that have the same part of its operand."""
-    shared = defaultdict(list)
-    for i, spec in enumerate(specs):
-        split = {name for entry in spec for name in _names(entry)}
-        shared[tuple(n for n in division.sharding.axis_names if n not in split)].append(i)
-    found = list(cotangents)
-    for axes, which in shared.items():
-        if axes:
-            sums = lax.psum([cotangents[i] for i in which], axes)
-            for i, total in zip(which, sums, strict=True):
-                found[i] = total
-    return found
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return backward_divided(division, parts, results, cotangents, rotation.backward, on_devices)
 
 
 def _varying(tree: Any) -> Any:
     leaves, of_tree = jax.tree.flatten(tree)
     return jax.tree.unflatten(of_tree, _compat.agree_on_varying_axes(leaves))
-
-
-def result_specs(division: Division) -> tuple[PartitionSpec, ...]:
-    """How the results are split."""
-    of_rows = division.sharding.spec("BTN")
-    keys = () if division.whole.rope is None else (division.sharding.spec("BTKH"),)
-    found = division.sharding.spec("BTNH"), *(of_rows,) * (1 if division.whole.normalize else 2)
-    return (*found, *keys)
-
-
-def _mapped(
-    division: Division, fun: Any, in_specs: Any, out_specs: Any, *, check_vma: bool = True
-) -> Any:
-    sharding = division.sharding
-    return jax.shard_map(
-        fun,
-        mesh=_compat.mesh_to_map(sharding.mesh),
-        in_specs=tuple(in_specs),
-        out_specs=out_specs,
-        axis_names=set(sharding.axis_names),
-        check_vma=check_vma,
-    )

@@ -22,9 +22,9 @@ from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.primitive import attend
 from jax_tkg.problem import AttentionProblem
-from jax_tkg.sharding.attend import attend_to_shard, result_specs
+from jax_tkg.sharding.attend import attend_to_shard
 from jax_tkg.sharding.division import divide
-from jax_tkg.sharding.operands import letters_of, shard_specs, take_apart
+from jax_tkg.sharding.operands import letters_of, result_specs, shard_specs, take_apart
 from jax_tkg.sharding.partitioning import Local, Names, asking_for_mesh, partitioned
 from jax_tkg.sharding.spec import AttentionSharding
 
@@ -38,7 +38,7 @@ def attend_undivided(
     `shard_map`, over some axes or all: a rule is asked of programs of which nothing is mapped.
     """
     split = Target(platforms=(), auto_partitioned=True)
-    if _compat.mapped_axes() or choose(problem, split, tried).chosen is not None:
+    if _compat.all_axes_mapped() or choose(problem, split, tried).chosen is not None:
         return attend(problem, tried, ops)
     return _attend_by_rule(problem, tuple(map(ByRule, tried)), ops)
 

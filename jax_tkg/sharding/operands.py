@@ -96,6 +96,14 @@ def _spec(division: Division, array: Any, axes: str) -> PartitionSpec:
     return PartitionSpec(*(None if n == 1 else entry for entry, n in sizes))
 
 
+def result_specs(division: Division) -> tuple[PartitionSpec, ...]:
+    """How the results are split."""
+    of_rows = division.sharding.spec("BTN")
+    keys = () if division.whole.rope is None else (division.sharding.spec("BTKH"),)
+    found = division.sharding.spec("BTNH"), *(of_rows,) * (1 if division.whole.normalize else 2)
+    return (*found, *keys)
+
+
 def _letters(ops: Operands) -> Operands:
     """The letters of its axes in the place of each array."""
     given: dict[str, Any] = {

@@ -7,13 +7,16 @@ go together, and, once it is decided how the operands lie, what each device does
 a primitive, of which only the local part is ever traced.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     CompoundFactor,
@@ -30,7 +33,16 @@ from jax_tkg.nki.host import Host
 
 Names = tuple[str, ...]
 
-SPLIT_ALIKE = "BKNSP"
+Meshes = tuple[Mesh, Mesh]
+"""In a `shard_map` over some axes of a mesh: that mesh, and one of the others' axes."""
+
+COPIES = "UVW"
+"""Letters of the axes of `jax.vmap`, innermost first."""
+
+NUMBERS = "ACDEFGIJ"
+"""Letters of the axes of what numbers devices."""
+
+SPLIT_ALIKE = "BKNSP" + COPIES + NUMBERS
 """Letters of axes that operands and results have in common; others are each array's own."""
 
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm")
@@ -106,19 +118,164 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any, rule: Rule, result: Any)
     platforms = tuple(ctx.platforms or ctx.module_context.platforms)
     host = Host(ctx) if platforms == ("cpu",) else None
 
+    meshes = _compat.partly_mapped(ctx)
+    split = _split(rule, result, host) if meshes is None else _numbered(rule, result, host, meshes)
+    with _compat.no_explicit_mesh():
+        return mlir.lower_fun(split, multiple_results=True)(ctx, *values)
+
+
+def _numbered(rule: Rule, result: Any, host: Host | None, meshes: Meshes) -> Any:
+    whole, rest = meshes
+    axes = tuple(name for name, size in rest.shape.items() if size > 1)
+    sizes = tuple(rest.shape[name] for name in axes)
+    results = ((sizes, np.dtype(np.int32)), *result)
+    split = _split(NumberedRule(rule, axes), results, host, meshes)
+
+    def with_numbers(*operands: Array) -> Sequence[Array]:
+        where = NamedSharding(whole, PartitionSpec(*axes))
+        numbers = lax.with_sharding_constraint(jnp.zeros(sizes, np.int32), where)
+        _, *found = split(numbers, *operands)
+        return found
+
+    return with_numbers
+
+
+def _split(rule: Rule, result: Any, host: Host | None, meshes: Meshes | None = None) -> Any:
     def shape_of_it(*operands: Array) -> tuple[Array, ...]:
         del operands
         return tuple(jnp.zeros(shape, dtype) for shape, dtype in result)
 
     split = custom_partitioning(shape_of_it)
     split.def_partition(
-        partial(_partition, rule, host), sharding_rule=partial(_sharding_rule, rule)
+        partial(_partition, rule, host, meshes),
+        sharding_rule=partial(_sharding_rule, rule, meshes),
     )
-    with _compat.no_explicit_mesh():
-        return mlir.lower_fun(split, multiple_results=True)(ctx, *values)
+    return split
 
 
 mlir.register_lowering(_PARTITIONED, _lower)
+
+
+# --- some axes of the mesh mapped already
+
+
+@dataclass(frozen=True)
+class NumberedRule:
+    """A `Rule` in a `shard_map` over some axes of a mesh, split over the others.
+
+    There the compiler numbers the devices of a group in the order in which the first result is
+    split, and does not tell the axes. So the first operand, and result, is split in a known order.
+
+    Attributes:
+        one: the rule.
+        axes: those of the mesh that are left, in its order.
+    """
+
+    one: Rule
+    axes: Names
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """See `Rule.operands`."""
+        return NUMBERS[: len(self.axes)], *self.one.operands
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """See `Rule.results`."""
+        return NUMBERS[: len(self.axes)], *self.one.results
+
+    def local(
+        self, mesh: Mesh, lie: Sequence[tuple[Names, ...]], shapes: Sequence[Any], host: Host | None
+    ) -> Local:
+        """See `Rule.local`."""
+        if lie[0] != tuple((n,) for n in self.axes):
+            raise ValueError(
+                f"inside a shard_map over other axes the compiler does not tell how {self.axes} "
+                "split the arrays: say it with sharding=jax_tkg.sharding.AttentionSharding(mesh, "
+                "...), or map these axes too."
+            )
+        local = self.one.local(mesh, lie[1:], shapes[1:], host)
+        numbers = PartitionSpec(*self.axes)
+
+        def run(numbers: Array, *parts: Array) -> tuple[Array, ...]:
+            return numbers, *local.run(*parts)
+
+        return Local(run, [numbers, *local.operands], [numbers, *local.results])
+
+
+# --- copies
+
+
+@dataclass(frozen=True)
+class CopiesRule:
+    """How the copies are split that `jax.vmap` makes of an operation; a `Rule`.
+
+    Attributes:
+        one: the rule of one of them.
+        mapped: which operands have an axis for the copies, the first; all results have.
+        letter: of that axis.
+    """
+
+    one: Rule
+    mapped: tuple[bool, ...]
+    letter: str
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """See `Rule.operands`."""
+        given = zip(self.one.operands, self.mapped, strict=True)
+        return tuple(self.letter * is_mapped + letters for letters, is_mapped in given)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """See `Rule.results`."""
+        return tuple(self.letter + letters for letters in self.one.results)
+
+    def local(
+        self, mesh: Mesh, lie: Sequence[tuple[Names, ...]], shapes: Sequence[Any], host: Host | None
+    ) -> Local:
+        """What a device does of its copies, which are split as those of the largest operand."""
+        of_one = [x[is_mapped:] for x, is_mapped in zip(lie, self.mapped, strict=True)]
+        types = [
+            jax.ShapeDtypeStruct(x.shape[is_mapped:], x.dtype)
+            for x, is_mapped in zip(shapes, self.mapped, strict=True)
+        ]
+        which = [i for i, is_mapped in enumerate(self.mapped) if is_mapped]
+        names = lie[max(which, key=lambda i: math.prod(shapes[i].shape))][0]
+        local = self.one.local(mesh, of_one, types, host)
+        taken = {n for spec in (*local.operands, *local.results) for e in spec for n in _names(e)}
+        if taken & set(names):
+            raise ValueError(
+                f"jax.vmap maps an axis that is split over {names}, and operands of one copy are "
+                f"split over {tuple(sorted(taken))}: give each mesh axis one thing to split."
+            )
+        axes = tuple(0 if is_mapped else None for is_mapped in self.mapped)
+        operands = [
+            PartitionSpec(names or None, *spec) if is_mapped else spec
+            for spec, is_mapped in zip(local.operands, self.mapped, strict=True)
+        ]
+        results = [PartitionSpec(names or None, *spec) for spec in local.results]
+        return Local(jax.vmap(local.run, in_axes=axes), operands, results)
+
+
+def _batch(operands: Any, dims: Any, *, rule: Rule, result: Any) -> tuple[Any, Any]:
+    mapped = tuple(d is not None for d in dims)
+    moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
+    size = moved[mapped.index(True)].shape[0]
+    used = set("".join(rule.results))
+    letter = next((x for x in COPIES if x not in used), None)
+    if letter is None:
+        raise NotImplementedError(
+            f"more than {len(COPIES)} levels of jax.vmap around an operation with a partitioning "
+            "rule: reshape their axes into one, or say how arrays lie with sharding=jax_tkg."
+            "sharding.AttentionSharding(mesh, ...)."
+        )
+    of_all = tuple(((size, *shape), dtype) for shape, dtype in result)
+    results = _PARTITIONED.bind(*moved, rule=CopiesRule(rule, mapped, letter), result=of_all)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[_PARTITIONED] = _batch
 
 
 # --- asking JAX for the mesh
@@ -155,11 +312,13 @@ ad.deflinear2(_ASKING, lambda cotangent, x, program: [cotangent])
 # --- which dimensions go together
 
 
-def _sharding_rule(rule: Rule, mesh: Mesh, operands: Any, results: Any) -> SdyShardingRule:
+def _sharding_rule(
+    rule: Rule, meshes: Meshes | None, mesh: Mesh, operands: Any, results: Any
+) -> SdyShardingRule:
     shapes = [tuple(x.shape) for x in (*operands, *results)]
     letters = (*rule.operands, *rule.results)
     sizes = _sizes(letters, shapes)
-    group = _group(sizes, mesh)
+    group = _group(sizes, mesh if meshes is None else meshes[1])
     mappings = [
         ArrayMapping(*(_factor(a, n, sizes, group, f"x{i}x{j}") for j, (a, n) in enumerate(axes)))
         for i, axes in enumerate(
@@ -200,24 +359,37 @@ def _factor(letter: str, size: int, sizes: dict[str, int], group: int, own: str)
 
 
 def _partition(
-    rule: Rule, host: Host | None, mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]
+    rule: Rule,
+    host: Host | None,
+    meshes: Meshes | None,
+    mesh: Mesh,
+    operands: Sequence[Any],
+    results: Sequence[Any],
 ) -> Any:
+    """In a `shard_map` over some axes of a mesh, which JAX does not tell, the meshes are given.
+
+    What is mapped there is all of it: the compiler has told apart devices that the `shard_map` has.
+    """
     del results  # what follows from the operands; the compiler splits it further, or gathers it
-    if not all(isinstance(x.sharding, NamedSharding) for x in operands):
+    whole, rest = meshes or (mesh, mesh)
+    if meshes is None and not all(isinstance(x.sharding, NamedSharding) for x in operands):
         raise ValueError(
             "the compiler does not say by which mesh arrays are split: place them with "
             "jax.sharding.NamedSharding, or say it with sharding=jax_tkg.sharding."
             "AttentionSharding(mesh, ...)."
         )
-    lie = [_axes_of(x) for x in operands]
-    local = rule.local(mesh, lie, operands, host)
-    named = partial(NamedSharding, mesh)
-    return mesh, local.run, tuple(map(named, local.results)), tuple(map(named, local.operands))
+    lie = [_axes_of(x, rest) for x in operands]
+    local = rule.local(rest, lie, operands, host)
+    named = partial(NamedSharding, rest)
+    return whole, local.run, tuple(map(named, local.results)), tuple(map(named, local.operands))
 
 
-def _axes_of(operand: Any) -> tuple[Names, ...]:
+def _axes_of(operand: Any, mesh: Mesh) -> tuple[Names, ...]:
+    axes = len(operand.shape)
+    if not isinstance(operand.sharding, NamedSharding):
+        return _compat.axes_that_split(operand.sharding, axes, mesh)
     entries = tuple(operand.sharding.spec)
-    return tuple(map(_names, (*entries, *(None,) * (len(operand.shape) - len(entries)))))
+    return tuple(map(_names, (*entries, *(None,) * (axes - len(entries)))))
 
 
 def _names(entry: Any) -> Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jax_tkg
+from jax_tkg import _compat
 from jax_tkg.nki.arguments import Launch
 from jax_tkg.nki.implementation import Nki
-from jax_tkg.sharding import AttentionSharding
+from jax_tkg.sharding import AttentionSharding, partitioning
 from tests.calls import QUICKLY, assert_close
 from tests.sharding.cells import (
     LETTERS,
@@ -32,6 +34,7 @@ from tests.sharding.cells import (
 )
 
 SLOW = pytest.mark.slow(reason="a program of its own; the quick one splits everything")
+NUMBERED_OTHERWISE = ("batch", ("sp", "tp", "dp"))  # than in the order of the mesh, by itself
 OF_ROWS = 4 * 2 * 8  # on a device of eight
 MERGE = [("all-reduce", 4 * OF_ROWS), ("all-reduce", 4 * OF_ROWS * (H + 1))]
 
@@ -106,19 +109,99 @@ def test_keys_that_would_have_to_move_are_refused() -> None:
         compiled(interpreted, given)
 
 
-def test_in_a_shard_map_over_other_axes_it_is_refused() -> None:
-    """There JAX tells no mesh: what is to be done is said."""
-    sharding = sharding_of("all")
-    rows = AttentionSharding(sharding.mesh, batch="dp")
+# --- inside a shard_map over some axes of the mesh
+
+
+def partly_mapped(role: str, order: tuple[str, ...]) -> tuple[Any, dict[str, jax.Array]]:
+    """The call in a `shard_map` over what splits rows or heads, on a mesh of axes in this order."""
+    mesh = jax.make_mesh((2, 2, 2), order, axis_types=(AxisType.Auto,) * 3)
+    own = AttentionSharding(mesh, **SPLITS[role])
     mapped = jax.shard_map(
         interpreted,
-        mesh=sharding.mesh,
+        mesh=mesh,
+        axis_names=set(own.axis_names),
+        in_specs=({name: own.spec(axes) for name, axes in LETTERS.items()},),
+        out_specs=(own.spec("BTNH"), own.spec("BTN")),
+    )
+    return mapped, placed(AttentionSharding(mesh, **SPLITS["all"]))
+
+
+@pytest.mark.parametrize(
+    ("role", "order"),
+    [
+        pytest.param(role, order, marks=() if (role, order) == NUMBERED_OTHERWISE else SLOW)
+        for role in ("batch", "heads")
+        for order in itertools.permutations(("dp", "tp", "sp"))
+    ],
+)
+def test_in_a_shard_map_over_other_axes(role: str, order: tuple[str, ...]) -> None:
+    """What the compiler splits there it splits as outside: one merge, whatever the mesh's order."""
+    mapped, given = partly_mapped(role, order)
+    program = compiled(mapped, given)
+    assert collectives(program.as_text()) == MERGE
+    for _ in range(2):
+        assert_close(program(given), wanted()[0])
+
+
+@SLOW
+def test_gradient_in_a_shard_map_over_other_axes() -> None:
+    mapped, given = partly_mapped("batch", ("dp", "tp", "sp"))
+    program = compiled(with_gradient(mapped), given)
+    sizes = [size for name, size in collectives(program.as_text()) if name != "all-reduce"]
+    assert max(sizes, default=0) < given["key"].nbytes // 8
+    results, gradients = program(given)
+    assert_close(results, wanted()[0])
+    assert_close(gradients, wanted()[1])
+
+
+def test_on_an_abstract_mesh_it_is_refused() -> None:
+    """There are no devices to be numbered: what is to be done is said."""
+    mesh = AbstractMesh((2, 2, 2), ("dp", "tp", "sp"), axis_types=(AxisType.Auto,) * 3)
+    rows = AttentionSharding(mesh, batch="dp")
+    mapped = jax.shard_map(
+        interpreted,
+        mesh=mesh,
         axis_names={"dp"},
         in_specs=({name: rows.spec(axes) for name, axes in LETTERS.items()},),
         out_specs=(rows.spec("BTNH"), rows.spec("BTN")),
     )
+    traced = jax.jit(mapped).trace(jax.eval_shape(placed_nowhere))
     with pytest.raises(NotImplementedError, match=r"sharding=.*AttentionSharding"):
-        jax.jit(mapped).lower(placed(sharding))
+        traced.lower(lowering_platforms=("cpu",))
+
+
+def placed_nowhere() -> dict[str, jax.Array]:
+    return {n: jax.numpy.asarray(x) for n, x in arrays().items()}
+
+
+class NothingAtAll:
+    """A rule that is not asked."""
+
+    operands = results = ()
+
+    def local(self, *given: Any) -> Any:
+        raise AssertionError(given)
+
+
+def test_axes_that_the_compiler_does_not_tell() -> None:
+    """What numbers the devices must be split as it was."""
+
+    mesh = make_mesh("batch", 8)
+    rule = partitioning.NumberedRule(NothingAtAll(), ("dp",))
+    with pytest.raises(ValueError, match=r"does not tell how .*sharding=.*AttentionSharding"):
+        rule.local(mesh, [((),), (("dp",),)], [], None)
+
+
+def test_what_splits_an_array_is_read_off_the_numbers_of_devices() -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    for spec in (("a", "b"), ("b", "a"), (None, ("b", "a")), (("a", "b"), None), ("b", None)):
+        axes = tuple((x,) if isinstance(x, str) else x or () for x in spec)
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        assert _compat.axes_that_split(sharding, 2, mesh) == axes
+    finer = jax.make_mesh((2, 2, 2), ("a", "c", "d"), axis_types=(AxisType.Auto,) * 3)
+    halves = NamedSharding(finer, PartitionSpec("c"))
+    with pytest.raises(ValueError, match=r"a part of an axis"):
+        _compat.axes_that_split(halves, 1, mesh)
 
 
 @SLOW
