@@ -23,8 +23,7 @@ from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem, Op, check_host_integers, make_problem
 from jax_tkg.rope import RotaryEmbedding
-from jax_tkg.sharding.attend import attend_on_mesh
-from jax_tkg.sharding.automatic import attend_undivided
+from jax_tkg.sharding.automatic import attend_divided, attend_undivided
 from jax_tkg.sharding.division import Division, divide
 from jax_tkg.sharding.placement import divide_here, sharding_of_types
 from jax_tkg.sharding.spec import AttentionSharding
@@ -276,10 +275,10 @@ def run(
     if division is None:
         return attend_undivided(call.problem, tried, call.operands)
     if division.whole.rope == call.problem.rope:
-        return attend_on_mesh(division, tried, call.operands)
+        return attend_divided(division, tried, call.operands)
     call = call.rotated()
     assert call.operands.new_key is not None
-    return (*attend_on_mesh(division, tried, call.operands), call.operands.new_key)
+    return (*attend_divided(division, tried, call.operands), call.operands.new_key)
 
 
 def divided(

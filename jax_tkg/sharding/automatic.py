@@ -22,8 +22,8 @@ from jax_tkg.online.plan import Target
 from jax_tkg.operands import Operands
 from jax_tkg.primitive import attend
 from jax_tkg.problem import AttentionProblem
-from jax_tkg.sharding.attend import attend_to_shard
-from jax_tkg.sharding.division import divide
+from jax_tkg.sharding.attend import attend_on_mesh, attend_to_shard
+from jax_tkg.sharding.division import Division, divide
 from jax_tkg.sharding.operands import letters_of, result_specs, shard_specs, take_apart
 from jax_tkg.sharding.partitioning import Local, Names, asking_for_mesh, partitioned
 from jax_tkg.sharding.spec import AttentionSharding
@@ -41,6 +41,34 @@ def attend_undivided(
     if _compat.all_axes_mapped() or choose(problem, split, tried).chosen is not None:
         return attend(problem, tried, ops)
     return _attend_by_rule(problem, tuple(map(ByRule, tried)), ops)
+
+
+def attend_divided(
+    division: Division, tried: tuple[Implementation, ...], ops: Operands
+) -> tuple[Array, ...]:
+    """The op where it is said how its operands lie.
+
+    Automatic axes of the mesh of which nothing is said are left to the compiler. If nothing that is
+    tried lets it split the op, what is done between the others' devices gets the rule.
+    """
+    split = Target(platforms=(), auto_partitioned=True)
+    can_split = choose(division.local, split, tried).chosen is not None
+    sharding = division.sharding
+    left = set(sharding.mesh.axis_names) - {*sharding.axis_names, *_compat.mapped_axes()}
+    if division.is_mapped or not left or can_split:
+        return attend_on_mesh(division, tried, ops)
+    idle = left.intersection(_compat.explicit_axes(sharding.mesh))
+    division = replace(division, maps_idle=bool(idle))
+    if left == idle:
+        return attend_on_mesh(division, tried, ops)
+    return _divide_by_rule(division, tuple(map(ByRule, tried)), ops)
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _divide_by_rule(
+    division: Division, tried: tuple[Implementation, ...], ops: Operands
+) -> tuple[Array, ...]:
+    return attend_on_mesh(division, tried, replace(ops, query=asking_for_mesh(ops.query)))
 
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)

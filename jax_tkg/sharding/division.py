@@ -15,11 +15,13 @@ class Division:
         whole: the problem.
         sharding: which axes split what.
         is_mapped: the caller is in a `shard_map` over these axes, and its arrays are a device's.
+        maps_idle: explicit axes that split nothing are mapped with the others.
     """
 
     whole: AttentionProblem
     sharding: AttentionSharding
     is_mapped: bool = False
+    maps_idle: bool = False
 
     @property
     def key_parts(self) -> tuple[str, ...]:

@@ -38,8 +38,8 @@ def on_devices(
         check_vma: see `jax.shard_map`.
     """
     sharding = division.sharding
-    names = frozenset(sharding.axis_names)
-    whole = _Map(sharding.mesh, names, function, tuple(in_specs), tuple(out_specs), check_vma)
+    names, specs = frozenset(sharding.axis_names), (tuple(in_specs), tuple(out_specs))
+    whole = _Map(sharding.mesh, names, function, *specs, check_vma, division.maps_idle)
     return whole.of(arrays)
 
 
@@ -52,7 +52,7 @@ class _Map(NamedTuple):
     in_specs: tuple[PartitionSpec, ...]
     out_specs: tuple[PartitionSpec, ...]
     check_vma: bool
-    has_copies: bool = False
+    maps_idle: bool
 
     def of(self, arrays: Sequence[Array]) -> list[Array]:
         if not _compat.has_explicit_axes(arrays[0]):
@@ -69,16 +69,17 @@ class _Map(NamedTuple):
         return list(mappable(*arrays))
 
     def run(self, *arrays: Array) -> list[Array]:
-        # JAX 0.7 has no types for what `jax.vmap` makes of an update in place; none are asked for
-        # where all axes are mapped.
-        ask = self.has_copies and not _compat.UPDATES_HAVE_TYPES
-        idle = _axes_of_nothing(arrays) if ask else frozenset()
+        axes = self.axes
+        if self.maps_idle:
+            axes |= _axes_of_nothing(arrays)
+            # All that there are: without those that a `jax.vmap` around it has.
+            axes = frozenset() if axes == set(self.mesh.axis_names) else axes
         mapped: Any = jax.shard_map(
             lambda *parts: list(self.function(*parts)),
             mesh=_compat.mesh_to_map(self.mesh),
             in_specs=self.in_specs,
             out_specs=list(self.out_specs),
-            axis_names=self.axes | idle,
+            axis_names=axes,
             check_vma=self.check_vma,
         )
         return list(mapped(*arrays))
@@ -98,9 +99,11 @@ class _Map(NamedTuple):
             for x, spec in zip(arrays, in_specs, strict=True)
         ]
         function = jax.vmap(self.function, [0 if x else None for x in mapped])
-        out_specs = tuple(map(of_copies, self.out_specs))
-        whole = _Map(self.mesh, axes, function, in_specs, out_specs, self.check_vma, True)
-        return whole, given
+        # JAX 0.7 has no types for what `jax.vmap` makes of an update in place; none are asked for
+        # where all axes are mapped.
+        maps_idle = self.maps_idle or not _compat.UPDATES_HAVE_TYPES
+        specs = in_specs, tuple(map(of_copies, self.out_specs))
+        return _Map(self.mesh, axes, function, *specs, self.check_vma, maps_idle), given
 
 
 def _split_copies(arrays: Sequence[Array], mapped: Sequence[bool]) -> tuple[str, ...]:

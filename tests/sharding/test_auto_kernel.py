@@ -109,6 +109,27 @@ def test_keys_that_would_have_to_move_are_refused() -> None:
         compiled(interpreted, given)
 
 
+@pytest.mark.parametrize("named", ["keys", pytest.param("heads", marks=SLOW)])
+def test_axes_of_which_nothing_is_said_are_the_compilers(named: str) -> None:
+    """The sharding names one axis; rows lie over another, which is not moved."""
+    everything = SPLITS["all"]
+    sharding = AttentionSharding(make_mesh("all", 8), **{named: everything[named]})
+
+    def divided(given: dict[str, Any]) -> Any:
+        return attend(given, implementation="nki_interpret", sharding=sharding)
+
+    rows_and_one = AttentionSharding(
+        sharding.mesh, **{"batch": everything["batch"], named: everything[named]}
+    )
+    given = placed(rows_and_one)
+    program = compiled(with_gradient(divided), given)
+    assert not gathers_of_the_cache(program.as_text(), rows_and_one)
+    assert {name for name, _ in collectives(program.as_text())} <= {"all-reduce"}
+    results, gradients = program(given)
+    assert_close(results, wanted()[0])
+    assert_close(gradients, wanted()[1])
+
+
 # --- inside a shard_map over some axes of the mesh
 
 

@@ -84,9 +84,6 @@ CASES = [
     for kind in ("auto", "explicit", "sharding=")
     for implementation in ("xla", "nki_interpret")
     for split in SPLITS
-    # A kernel is told of all axes of the mesh, or asks the compiler.
-    if implementation == "xla" or kind == "auto" or len(SPLITS[split]) == 3
-    if (implementation, kind) != ("nki_interpret", "sharding=") or "V" not in SPLITS[split]
 ]
 QUICK = {
     ("auto", "xla", "copies, rows, slots"),
