@@ -31,7 +31,7 @@ def ones(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
 QUERY, KEY, NEW = ones(B, T, N, H), ones(B, S, K, H), ones(B, T, K, H)
 PLAIN = {"query": QUERY, "key": KEY, "value": KEY}
 BESIDE = PLAIN | {"new_key": NEW, "new_value": NEW}
-CACHE = jax_tkg.KVCache.create(B, S, K, H)
+CACHE = jax_tkg.KVCache.create(B, S, K, H, layout="BKSH")
 LAYOUT = CACHE.kv
 INT8 = jax_tkg.KVCache.create(B, S, K, H, dtype=jnp.int8)
 BITS = jax_tkg.KVCache.create(B, S, K, H, dtype=jnp.bfloat16, as_bits=True).kv

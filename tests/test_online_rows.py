@@ -89,7 +89,8 @@ def several_options() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"), [("BSKH", name) for name in several_options()] + [("BKSH", "lengths")]
+    ("layout", "options"),
+    [("BSKH", name) for name in several_options()] + [("BKSH", "lengths"), ("BKHS", "lengths")],
 )
 def test_one_dot_over_all_keys(layout: str, options: str) -> None:
     query, kv = call(2, layout)
@@ -163,7 +164,7 @@ def test_which_problems_try_one_dot() -> None:
     assert wanted in explained(3, 3, 512)
 
 
-@pytest.mark.parametrize("layout", ["BSKH", "BKSH"])
+@pytest.mark.parametrize("layout", ["BSKH", "BKSH", "BKHS"])
 def test_one_dot_copies_nothing(layout: str) -> None:
     """Neither beside an update of the cache nor in it."""
     create = partial(jax_tkg.KVCache.create, 1, 8192, 3, 64, dtype=jnp.float32, layout=layout)

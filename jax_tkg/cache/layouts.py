@@ -65,6 +65,7 @@ class KVLayout(abc.ABC):
 
     name: ClassVar[str]
     heads_contiguous: ClassVar[bool]
+    keys_transposed: ClassVar[bool] = False
     has_holes: ClassVar[bool] = False
 
     @property
@@ -75,6 +76,7 @@ class KVLayout(abc.ABC):
             dtype=self.dtype,
             stored_dtype=np.dtype(self.key.dtype),
             heads_contiguous=self.heads_contiguous or self.shape.num_kv_heads == 1,
+            keys_transposed=self.keys_transposed,
             slot_multiple=self.slot_multiple,
             has_holes=self.has_holes,
         )
@@ -202,6 +204,7 @@ class LayoutTraits:
         stored_dtype: the dtype of the arrays.
         heads_contiguous: the slots of a KV head follow each other in memory, so that all heads can
             be contracted in one dot without a copy.
+        keys_transposed: the slots of a key's component follow each other in memory.
         slot_multiple: tiles start at, and have a length of, a multiple of this many slots.
         has_holes: some slots may have no memory behind them.
     """
@@ -210,6 +213,7 @@ class LayoutTraits:
     dtype: np.dtype
     stored_dtype: np.dtype
     heads_contiguous: bool
+    keys_transposed: bool
     slot_multiple: int
     has_holes: bool
 
@@ -354,7 +358,7 @@ class BSKH(DenseLayout):
 @register_layout
 @dataclass(frozen=True)
 class BKSH(DenseLayout):
-    """Head-major `[B, K, S, H]`: a KV head is one run of memory; the fastest on CPU."""
+    """Head-major `[B, K, S, H]`: a KV head is one run of memory; the fastest on CPU if wide."""
 
     name: ClassVar[str] = "BKSH"
     key_axes: ClassVar[str] = "BKSH"
@@ -365,12 +369,16 @@ class BKSH(DenseLayout):
 @register_layout
 @dataclass(frozen=True)
 class BKHS(DenseLayout):
-    """Keys transposed `[B, K, H, S]`, values `[B, K, S, H]`: keys ready for the tensor engine."""
+    """Keys transposed `[B, K, H, S]`, values `[B, K, S, H]`: keys ready for the tensor engine.
+
+    On CPU the fastest for narrow heads.
+    """
 
     name: ClassVar[str] = "BKHS"
     key_axes: ClassVar[str] = "BKHS"
     value_axes: ClassVar[str] = "BKSH"
     heads_contiguous: ClassVar[bool] = True
+    keys_transposed: ClassVar[bool] = True
 
     def row_products(
         self, key: Float[Array, "H size"], query: Float[Array, "M H"]

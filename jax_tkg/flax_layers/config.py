@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy.typing as npt
 
 from jax_tkg.cache.kv_cache import KVCache, RingKVCache
-from jax_tkg.cache.layouts import BKSH, DenseLayout
+from jax_tkg.cache.layouts import DenseLayout
 from jax_tkg.cache.storage import Scale
 from jax_tkg.cache.writing import Writer
 from jax_tkg.implementations import Implementation
@@ -96,7 +96,7 @@ class AttentionConfig:
         capacity: int,
         *,
         dtype: npt.DTypeLike = jnp.float32,
-        layout: str | type[DenseLayout] = BKSH,
+        layout: str | type[DenseLayout] | None = None,
         ring_chunk: int | None = None,
         k_scale: Scale = None,
         v_scale: Scale = None,
@@ -109,7 +109,7 @@ class AttentionConfig:
             batch: rows B.
             capacity: tokens a row can hold.
             dtype: see `KVCache.create`, likewise for what follows.
-            layout: "BKSH", "BSKH", "BKHS" or the class.
+            layout: "BKSH", "BSKH", "BKHS" or the class; see there for the default.
             ring_chunk: keep only what a sliding window needs, in a `RingKVCache`, when at most
                 this many tokens are appended at once. Without a sliding window, or when
                 `capacity` is no larger than the ring, the cache is an ordinary one.

@@ -11,7 +11,7 @@ from flax.typing import Dtype
 
 from jax_tkg._typing import Array, Float, Int
 from jax_tkg.cache.kv_cache import KVCache
-from jax_tkg.cache.layouts import BKSH, DenseLayout
+from jax_tkg.cache.layouts import DenseLayout
 from jax_tkg.flax_layers.config import AttentionConfig
 from jax_tkg.flax_layers.functional import float32_dot_general, swiglu
 from jax_tkg.flax_layers.nnx_attention import Attention, RMSNorm
@@ -160,7 +160,7 @@ class LlamaDecoder(nnx.Module):
         capacity: int,
         *,
         dtype: npt.DTypeLike = jnp.float32,
-        layout: str | type[DenseLayout] = BKSH,
+        layout: str | type[DenseLayout] | None = None,
         ring_chunk: int | None = None,
         **options: Any,
     ) -> Caches:

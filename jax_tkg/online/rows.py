@@ -145,11 +145,9 @@ class TileBuffers(NamedTuple):
     def create(cls, problem: AttentionProblem, kv: KVLayout, tile: int) -> "TileBuffers":
         """Empty ones for tiles of a layout."""
         key = (tile + BUFFER_TAIL, problem.head_dim)
-        axes = str(kv.letters().key)
-        transposed = "S" in axes and axes.index("H") < axes.index("S")
         value = (tile + BUFFER_TAIL, problem.value_head_dim)
         return cls(
-            jnp.zeros(key[::-1] if transposed else key, jnp.float32),
+            jnp.zeros(key[::-1] if kv.keys_transposed else key, jnp.float32),
             jnp.zeros(value, jnp.float32),
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_tkg
-from jax_tkg import KVCache, PagedKVCache
+from jax_tkg import KVCache, PagedKVCache, RingKVCache
 from tests.cache.model import (
     BATCH,
     DTYPES,
@@ -183,6 +183,19 @@ def test_append_under_vmap(layout: str) -> None:
         for i, (start, call) in enumerate(zip(starts, calls, strict=True)):
             one = jax.tree.map(itemgetter(i), together)
             jax.tree.map(np.testing.assert_array_equal, one, single(start, *call))
+
+
+def test_the_layout_of_whoever_names_none() -> None:
+    """Keys of narrow heads are transposed on CPU, unless a mesh splits them."""
+    from_width = partial(KVCache.create, 1, 8, 2)
+    assert isinstance(from_width(64).kv, jax_tkg.BKHS)
+    assert isinstance(from_width(64, value_head_dim=128).kv, jax_tkg.BKHS)
+    assert isinstance(RingKVCache.create(1, 8, 2, 64).kv, jax_tkg.BKHS)
+    assert isinstance(from_width(65).kv, jax_tkg.BKSH)
+    assert isinstance(from_width(64, layout="BKSH").kv, jax_tkg.BKSH)
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    split = jax_tkg.AttentionSharding(mesh, heads="tensor")
+    assert isinstance(from_width(64, sharding=split).kv, jax_tkg.BKSH)
 
 
 def test_negative_counts_append_nothing() -> None:

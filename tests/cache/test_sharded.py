@@ -49,7 +49,7 @@ def empty(kind: str, sharding: AttentionSharding | None = None, **options: Any) 
     if kind == "paged":
         return PagedKVCache.create(BATCH, 32, 2, 8, HEADS, WIDTH, **options)
     if kind == "ring":
-        return RingKVCache.create(BATCH, 8, HEADS, WIDTH, **options)
+        return RingKVCache.create(BATCH, 8, HEADS, WIDTH, layout="BKSH", **options)
     return KVCache.create(BATCH, 16, HEADS, WIDTH, layout=kind, **options)
 
 
@@ -186,7 +186,7 @@ def test_append_and_attend_automatically_and_in_a_shard_map_of_ones_own(kind: st
 
 def test_gradients_and_vmap_pass_through() -> None:
     def loss(new: Any, sharding: AttentionSharding | None) -> Any:
-        cache = KVCache.create(BATCH, 8, HEADS, WIDTH, sharding=sharding)
+        cache = KVCache.create(BATCH, 8, HEADS, WIDTH, layout="BKSH", sharding=sharding)
         cache = cache.append(new, 2 * new).append(0.5 * new, new)
         out = jax_tkg.attention_tkg(jnp.repeat(new, 2, axis=2), cache)
         return jnp.sum(jnp.sin(out)), cache.kv.key

@@ -137,7 +137,7 @@ class Trigrams:
         )
 
     def init_caches(self, batch: int, capacity: int, **options: Any) -> KVCache:
-        return KVCache.create(batch, capacity, 1, 1, **options)
+        return KVCache.create(batch, capacity, 1, 1, layout="BKSH", **options)
 
     def __call__(self, tokens: Any, cache: KVCache, counts: Any = None) -> Any:
         new = tokens[:, :, None, None].astype(jnp.float32)

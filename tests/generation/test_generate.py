@@ -179,7 +179,7 @@ def test_a_finished_rows_cache_stays_as_it_is(
             # Of the new tokens the cache holds those before the end.
             held = prompt + (tokens.index(eos) if eos in tokens else COUNT - 1)
             assert cache.lengths[row] == held
-            keys = np.asarray(cache.kv.key[row])
+            keys = np.asarray(cache.kv.dense(np.dtype(np.float32))[0][row])
             assert keys[:, held - 1].any()
             assert not keys[:, held:].any()
 

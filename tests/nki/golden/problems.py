@@ -48,6 +48,7 @@ def paged() -> jax_tkg.Paged:
 
 
 def cache(**options: Any) -> Any:
+    options = {"layout": "BKSH", **options}
     return jax.eval_shape(lambda: jax_tkg.KVCache.create(B, S, K, H, **options))
 
 
@@ -144,7 +145,7 @@ def lowered_layer(
     graph, state = nnx.split(made.layers[0])
     given = {"dtype": jnp.bfloat16, "as_bits": False}
     cache = {
-        "flat": lambda: jax_tkg.KVCache.create(B, S, K, H, **given),
+        "flat": lambda: jax_tkg.KVCache.create(B, S, K, H, layout="BKSH", **given),
         "paged": lambda: jax_tkg.PagedKVCache.create(B, 32, PAGE, S // PAGE, K, H, **given),
     }[kind]
 
