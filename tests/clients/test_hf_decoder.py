@@ -44,7 +44,7 @@ def test_prompts_of_different_lengths(name: str) -> None:
     )
     assert result.tokens.tolist() == alone(client, PROMPTS, NEW)
     assert len(model.report) == hf.LAYERS
-    assert "cache KVCache BKSH [3, " in str(model.report)
+    assert "cache KVCache BKHS [3, " in str(model.report)
 
 
 def test_speculation_takes_tokens_back() -> None:
