@@ -15,6 +15,7 @@ from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.cache.paged import Paged
 from jax_tkg.masks import NO_POSITION, default_query_positions
 from jax_tkg.nki.rope_call import rotary_table
+from jax_tkg.nki.tables import by_key, hidden_cached, hidden_new
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import HIGHEST
@@ -169,19 +170,19 @@ def kernel_arguments(
         "page_rows": None,
         "sinks": None if ops.sinks is None else _finite(ops.sinks),
         "hidden": None,
-        "bias": None if ops.bias is None else _by_key(biases(ops.bias), plan),
+        "bias": None if ops.bias is None else by_key(biases(ops.bias), plan),
     }
     if ops.mask is not None:
         seen = ops.mask[..., : plan.slots]
         if hides_in_dense(problem):
             seen &= _seen_slots(ops, interval)[:, None]
         seen = jnp.broadcast_to(seen, (*seen.shape[:2], problem.num_tokens, plan.slots))
-        arrays["hidden"] = token_bits(_by_key(~seen, plan), min(2, problem.num_tokens))
+        arrays["hidden"] = hidden_cached(~seen, plan)
     if isinstance(ops.kv, Paged):
         rows = page_rows(ops.kv, plan.run)
         arrays["page_rows"] = rows if plan.features.has_holes else jnp.maximum(rows, 0)
     if problem.has_new_kv:
-        arrays |= _new_arrays(problem, ops, positions, start, total)
+        arrays |= _new_arrays(problem, ops, plan, positions, start, total)
     if problem.rope is not None:
         table = rotary_table(problem.rope, problem.head_dim)
         arrays |= {"rotary_table": jnp.asarray(table), "query_positions": ops.rotary_positions}
@@ -237,36 +238,13 @@ def _seen_slots(ops: Operands, interval: tuple[Array, Array]) -> Array:
     return seen if usable is None else seen & usable[:, None]
 
 
-def _by_key(dense: Array, plan: "KernelPlan") -> Array:
-    """A dense mask or bias of the cached keys as the kernel takes it: see `Inputs.hidden`."""
-    cached = dense[..., : plan.slots]
-    groups = [g for share in plan.shares for block in share.blocks for g in block.groups]
-    together = groups[0].batches
-    if cached.shape[0] == 1 or any(
-        g.batches != together or g.first_batch % together for g in groups
-    ):
-        together = 1
-    by_group = cached.reshape(-1, together, *cached.shape[1:])
-    return by_group.transpose(0, 4, 1, 2, 3)
-
-
-def token_bits(hidden: Array, width: int = 1) -> Array:
-    """`[..., T]`, bool, as bits of words of `width` bytes, uint8 `[..., width * words]`.
-
-    Token t of a word's 8 * width is bit t // width of byte t % width: a word and a bit of each of
-    its bytes give what so many tokens that follow each other see.
-    """
-    words = -(-hidden.shape[-1] // (8 * width))
-    beyond = 8 * width * words - hidden.shape[-1]
-    padded = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 1) + [(0, beyond)])
-    by_bit = padded.reshape(*hidden.shape[:-1], words, 8, width)
-    worth = np.float32(2) ** np.arange(8)[:, None]
-    total = jnp.where(by_bit, worth, np.float32(0)).sum(axis=-2)
-    return total.reshape(*hidden.shape[:-1], words * width).astype(jnp.uint8)
-
-
 def _new_arrays(
-    problem: AttentionProblem, ops: Operands, positions: Array, start: Array, total: Array
+    problem: AttentionProblem,
+    ops: Operands,
+    plan: "KernelPlan",
+    positions: Array,
+    start: Array,
+    total: Array,
 ) -> dict[str, Array]:
     """The new keys beside the cache, who does not see them, and their biases."""
     assert ops.new_key is not None
@@ -282,11 +260,11 @@ def _new_arrays(
         seen &= ops.new_seen[:, None, None]
     seen = jnp.broadcast_to(seen[:, None], (batch, 1, tokens, tokens))  # b, n or 1, key, token
 
-    def by_key(dense: Array) -> Array:
+    def of_new(dense: Array) -> Array:
         return dense[..., problem.kv_len :].swapaxes(2, 3)
 
     if ops.mask is not None:
-        seen = seen & by_key(ops.mask)
+        seen = seen & of_new(ops.mask)
     shape = (batch, heads, tokens, tokens)
     used = jnp.broadcast_to(seen.any(axis=3), shape[:3])
     used = used.reshape(batch, problem.num_kv_heads, problem.group, tokens).any(axis=2)
@@ -294,10 +272,10 @@ def _new_arrays(
     arrays = {
         "new_key": ops.new_key.astype(problem.compute_dtype),
         "new_value": values.astype(problem.compute_dtype),
-        "new_hidden": token_bits(jnp.moveaxis(~seen, 2, 0)),
+        "new_hidden": hidden_new(~seen, plan),
     }
     if ops.bias is not None:
-        bias = jnp.broadcast_to(by_key(biases(ops.bias)), shape)
+        bias = jnp.broadcast_to(of_new(biases(ops.bias)), shape)
         arrays["new_bias"] = jnp.moveaxis(bias, 2, 0).reshape(tokens, -1)
     return arrays
 

@@ -15,7 +15,6 @@ from jax_tkg.nki.steps.exchange import merge_outputs, merge_sums, share_rows
 from jax_tkg.nki.steps.finalize import fa_finalize_rows, fa_finalize_sums, store
 from jax_tkg.nki.steps.live import for_each_live_tile, load_live_tables
 from jax_tkg.nki.steps.load import (
-    allocate_fa_buffers,
     cache_source,
     find_pages,
     load_constants,
@@ -23,12 +22,11 @@ from jax_tkg.nki.steps.load import (
     load_rows,
     loads_by_rows,
     operand_dtype,
-    rows_of,
-    start_rows,
 )
 from jax_tkg.nki.steps.mask import add_bias, mask_cached, mask_new
 from jax_tkg.nki.steps.new_keys import load_new_keys
 from jax_tkg.nki.steps.pv import (
+    add_new_values,
     allocate_products,
     clear_unseen_values,
     compute_new_pv_matmul,
@@ -42,6 +40,7 @@ from jax_tkg.nki.steps.qk import (
     compute_qk_matmul,
     shape_logits,
 )
+from jax_tkg.nki.steps.queries import allocate_fa_buffers, rows_of, start_rows
 from jax_tkg.nki.steps.softmax import (
     cascaded_max_reduce,
     cascaded_sum_reduction,
@@ -220,7 +219,7 @@ def attend_tile(
         plan: sizes.
     """
     dtype = bufs.query[0].dtype
-    logits = allocate_qk_buffers(tile, group)
+    logits = allocate_qk_buffers(tile, group, plan)
     pages = find_pages(inputs, tile, place, group, plan)
     sources = []
     if tile.cached:
@@ -231,14 +230,13 @@ def attend_tile(
             sources.append(source)
     new = None
     if tile.new:
-        new = load_new_keys(inputs, rotated, dtype, consts, tile, group, plan)
-        for i in range(group.pairs):
-            compute_new_qk_matmul(logits, new, bufs, i, tile, group)
+        new = load_new_keys(inputs, rotated, bufs, consts, tile, group, plan)
+        compute_new_qk_matmul(logits, new, bufs, tile, group, plan)
     shape_logits(logits, consts, tile, group, plan)
     add_bias(logits, inputs, place, tile, group, plan)
     unseen = mask_cached(logits, pages, inputs, consts, place, tile, group, plan)
     mask_new(logits, inputs, consts, tile, group, plan)
-    tile_max = cascaded_max_reduce(logits, group)
+    tile_max = cascaded_max_reduce(logits, tile, group, plan)
     largest = fa_update_running_max(tile_max, bufs, is_first, plan)
     weights, exact = compute_exp_qk(logits, dtype, largest, tile, group, plan)
     if not is_first:
@@ -262,6 +260,11 @@ def add_values(
     plan: KernelPlan,
 ) -> None:
     """Running output = running output + weights times values; scales are of cached ones only."""
+    if tile.new and plan.new_pairs > 0:
+        add_new_values(weights, new, bufs, consts, is_first, tile, group)
+        is_first = False
+        if not tile.cached:
+            return
     products = allocate_products(group, plan)
     for i in range(group.pairs):
         for k in range(len(tile.cached)):
@@ -274,15 +277,15 @@ def add_values(
                 columns = nl.ds(piece.column, piece.subtiles)
                 clear_unseen_values(values, unseen[0 : piece.partitions, columns, i])
             compute_pv_matmul(products, weights, values, piece, k == 0, i, group)
+    by_pair = len(tile.new) > 0 and plan.new_pairs == 0
     if plan.features.has_scales and tile.cached:
         scale_values(products, consts, group, plan)
         fa_accumulate_output(products, bufs, is_first)
         is_first = False
-        if not tile.new:
+        if not by_pair:
             return
         products = allocate_products(group, plan)
     starts = plan.features.has_scales or not tile.cached
-    if tile.new:
-        for i in range(group.pairs):
-            compute_new_pv_matmul(products, weights, new, i, starts, tile, group)
+    if by_pair:
+        compute_new_pv_matmul(products, weights, new, starts, tile, group)
     fa_accumulate_output(products, bufs, is_first)

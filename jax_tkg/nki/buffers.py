@@ -34,7 +34,10 @@ class Inputs(nl.NKIObject):
         new_key, new_value: `[B, T, K, H]` and `[B, T, K, Hv]` beside the cache; values that no
             token sees are finite.
         new_hidden: uint8 `[T, B, N|1, ceil(T / 8)]`, bit t % 8 of byte t // 8 is 1 where token t
-            does not see a new key.
+            does not see a new key. Where those of all pairs are multiplied at once, uint8
+            `[B, K, N / K|1, W]`: of the new key of a pair, which rows of its row group do not see
+            it, a number for each pair there, as rows of other pairs do not; from 9 pairs on as
+            bits, in words as in `hidden`.
         new_bias: float32 `[T, B * N * T]`, added to the logits of new keys; rows in the order b, n,
             t.
         rotary_table: of `jax_tkg.nki.rope_call.rotary_table`, where the kernel rotates.
@@ -43,7 +46,8 @@ class Inputs(nl.NKIObject):
         hidden: uint8 `[B|1 / b, S, b, N|1, 2 * ceil(T / 16)]`, or one byte for one token: a bit for
             each token, 1 where a dense mask hides a slot; bytes take turns, so that a word of two
             says of two tokens at once. b is 1, or the sequences of every row group: what a
-            partition reads is then one run.
+            partition reads is then one run. With one token and b from 32 on, `[B / b, S, 1, N|1,
+            2 * ceil(b / 16)]`, a bit for each sequence.
         bias: float32 `[B|1 / b, S, b, N|1, T|1]`, added to the logits.
         live_tiles: int32 `[programs, B, 3 + W]`: the round in which the full tiles of a sequence
             end, then its edge and its dirty ones; then where the tile of each round starts, in the
@@ -107,7 +111,8 @@ class NewKeys(nl.NKIObject):
 
     Attributes:
         keys: lists of tiles `[h, pairs * keys]`, one for each chunk of 128 of H.
-        values: `[keys, pairs, Hv]`.
+        values: `[keys, pairs, Hv]`; or where all pairs are multiplied at once, lists of tiles
+            `[hv, pairs]`, one for each chunk of 128 of Hv.
     """
 
     keys: Any
@@ -124,6 +129,8 @@ class RowBuffers(nl.NKIObject):
         sum: `[128, R]`, running sum of the keys that lie in each partition.
         output: one tile `[hv, R]` for each chunk of 128 of Hv, not yet divided by the sum.
         decay: what the last tile made of a weight 1 from before it, `[128, R]`.
+        new_key: one tile `[h, pairs * keys]` for each chunk of 128 of H, of the new keys that were
+            transposed together with the queries; or None.
     """
 
     query: Any
@@ -131,6 +138,7 @@ class RowBuffers(nl.NKIObject):
     sum: Any
     output: Any
     decay: Any
+    new_key: Any
 
 
 @dataclass
@@ -188,8 +196,9 @@ class Constants(nl.NKIObject):
         value_scales: `[128, B * K]`, scale of the values of each pair; or None.
         live_edges: `[128, B, 2, W]`, of the tile of each round the first slot, and of those that
             are not full the first one that does not count; or None.
-        bits: uint16 `[128, min(8, T)]`, bit i of both bytes in column i, to pick from tables with a
-            bit for each token; None for one token.
+        bits: uint16 `[128, n]`, n up to 8, bit i of both bytes in column i, to pick from tables
+            with a bit for each token or pair; None where there are none.
+        ones: `[n, hv]`, 1 in the type of the queries, to add up n partitions in up to 128; or None.
         turns: of `load_turns`, or None.
     """
 
@@ -199,6 +208,7 @@ class Constants(nl.NKIObject):
     value_scales: Any
     live_edges: Any
     bits: Any
+    ones: Any
     turns: Any
 
 

@@ -60,7 +60,7 @@ def _keys(plan: "KernelPlan", share: "Share") -> str:
     slots = [tile for tile in share.tiles if tile.keys]
     parts = []
     if plan.live is not None:
-        parts.append("live slots, in turns" if plan.programs > 1 else "live slots")
+        parts.append("live slots, in turns" if plan.live.sharers > 1 else "live slots")
     elif slots:
         parts.append(_span("slot", slots[0].start, slots[-1].start + slots[-1].keys))
     if any(tile.new for tile in share.tiles):

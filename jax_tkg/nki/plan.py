@@ -31,6 +31,9 @@ LOGIT_BANKS = 4
 ONE_TILE_KEYS = 2048
 """A program's part of a cache up to this size is one tile and not a loop over live ones."""
 
+NEW_TOGETHER = 4
+"""Pairs of a row group from which on their new keys are multiplied at once."""
+
 WINDOW_FACTOR = 4
 """A cache of more windows than that is worth a loop, whatever its size."""
 
@@ -52,6 +55,7 @@ class LiveTiles(nl.NKIObject):
         dirty: tile in which some keys may be seen by none.
         unit: slots that a start counts in: 1, or the run of a paged cache.
         width: rounds that a sequence takes at most, W of `Inputs.live_tiles`.
+        sharers: programs that share the tiles of a sequence.
     """
 
     full: KeyTile
@@ -59,6 +63,7 @@ class LiveTiles(nl.NKIObject):
     dirty: KeyTile
     unit: int
     width: int
+    sharers: int
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ class KernelPlan(nl.NKIObject):
         raw_unit: what a number of a tile is worth in logits after scales and soft cap.
         logit_unit: the same once a bias was added; see `shape_logits`.
         every_tile: programs agree on maximum and sum after every tile.
+        new_pairs: of the largest row group, if the new keys of all its pairs are multiplied at
+            once, as those of one token are from `NEW_TOGETHER` pairs on; else 0.
         live: the loop over live tiles, or None where all tiles are known.
         constants: what is in `Inputs.constants`, in this order.
         reason: why this sharding.
@@ -174,6 +181,7 @@ class KernelPlan(nl.NKIObject):
     raw_unit: float
     logit_unit: float
     every_tile: bool
+    new_pairs: int
     live: LiveTiles | None
     constants: tuple[Numbers, ...]
     reason: str
@@ -186,17 +194,20 @@ class KernelPlan(nl.NKIObject):
 
 
 def choose_sharding(
-    programs: int, batch: int, pairs: int, rows: int, slots: int, is_loop: bool
+    programs: int, batch: int, pairs: int, rows: int, slots: int, is_loop: bool, most_live: int
 ) -> tuple[str, str]:
     """How two programs share the work, and why.
 
     The rule of the public kernel: by batch if it is even and there are more than 128 rows or fewer
     than 256 slots; else by sequence from 256 slots on. Beyond it: short caches with several pairs
     are shared by pairs also when the batch is odd. A loop over live tiles is shared by sequence:
-    both programs then make equally many rounds, as they must, whatever the lengths.
+    both programs then make equally many rounds, as they must, whatever the lengths. But where a
+    window leaves each sequence a tile or so to read, sequences take equally long by themselves.
     """
     if programs == 1:
         return "none", "one program"
+    if is_loop and batch % 2 == 0 and most_live <= min(ONE_TILE_KEYS, slots - 1):
+        return "batch", f"a loop over at most {most_live} live keys of each, even batch"
     if is_loop:
         return "sequence", "a loop over live keys"
     if batch % 2 == 0 and (rows > BATCH_RULE_ROWS or slots < SEQUENCE_RULE_SLOTS):
@@ -247,41 +258,33 @@ def make_plan(
     """
     _check_options(exchange, loop, features)
     live_slots = slots if most_live is None else min(slots, most_live)
-    smallest = PARTITIONS * programs * (PAGED_RUN if page_len else 1)
-    is_loop = slots > smallest and choose_loop(features, slots, programs, live_slots)
-    if loop is not None:
-        is_loop = loop == "runtime"
+    is_loop = loop == "runtime"
+    if loop is None and slots > PARTITIONS * programs * (PAGED_RUN if page_len else 1):
+        is_loop = choose_loop(features, slots, programs, live_slots)
     sharding, reason = choose_sharding(
-        programs, batch, batch * kv_heads, batch * heads * tokens, slots, is_loop
+        programs, batch, batch * kv_heads, batch * heads * tokens, slots, is_loop, live_slots
     )
-    group = heads // kv_heads
-    blocks = []
+    sharers = programs if sharding == "sequence" else 1
+    group, blocks = heads // kv_heads, []
     for program in range(programs):
         ranges = pairs_of(sharding, program, batch, kv_heads)
         blocks.append(blocks_of(row_groups(*ranges, group, tokens), group, value_head_dim))
     side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
     widest = max(g.rows for groups in side_by_side for g in groups)
-    if max_keys is None:
-        is_narrow = 2 * max(head_dim, value_head_dim) <= PARTITIONS
-        max_keys = PAGED_KEYS if page_len else NARROW_KEYS if is_narrow else MAX_KEYS
+    max_keys = max_keys or _most_keys(max(head_dim, value_head_dim), page_len)
     most = max(1, min(max_keys // PARTITIONS, LOGIT_BANKS * (BANK_ELEMENTS // widest)))
-    share = slots if sharding != "sequence" else math.ceil(slots / programs)
+    share = math.ceil(slots / sharers)
     if is_loop:  # whose tiles are equal
         share = math.ceil(share / math.ceil(share / (PARTITIONS * most)))
     run = paged_run(page_len, most, share) if page_len else 0
     tiles = _known_tiles(sharding, programs, 0 if is_loop else slots, tokens, most, run, features)
     live = None
     if is_loop:
-        most = max(run, min(most, math.ceil(live_slots / (PARTITIONS * programs))))
-        live = _live_tiles(slots, live_slots, programs, most, run)
+        most = max(run, min(most, math.ceil(live_slots / (PARTITIONS * sharers))))
+        live = _live_tiles(slots, live_slots, sharers, most, run)
     every_tile = sharding == "sequence" and exchange == "every tile"
-    steps = max(len(known) for known in tiles)
-    shares = tuple(
-        Share(mine, known, (steps - len(known)) * every_tile)
-        for mine, known in zip(blocks, tiles, strict=True)
-    )
-    raw_unit = 1.0 if features.has_scales else features.scale
-    raw_unit = raw_unit if features.soft_cap is None else features.soft_cap
+    shares = _shares(blocks, tiles, every_tile)
+    raw_unit = _raw_unit(features)
     sizes = {"batch": batch, "tokens": tokens, "slots": slots, "heads": heads}
     widths = {"kv_heads": kv_heads, "head_dim": head_dim, "value_head_dim": value_head_dim}
     plan = KernelPlan(
@@ -298,6 +301,7 @@ def make_plan(
         raw_unit=raw_unit,
         logit_unit=1.0 if features.has_bias or raw_unit <= 0 else raw_unit,
         every_tile=every_tile,
+        new_pairs=_new_pairs(features, tokens, blocks),
         live=live,
         constants=_constants(features, batch, tokens, kv_heads, live),
         reason=reason,
@@ -305,6 +309,35 @@ def make_plan(
         diagram="",
     )
     return replace(plan, diagram=describe(plan))
+
+
+def _shares(
+    blocks: list[tuple[RowBlock, ...]], tiles: list[tuple[KeyTile, ...]], every_tile: bool
+) -> tuple[Share, ...]:
+    steps = max(len(known) for known in tiles)
+    return tuple(
+        Share(mine, known, (steps - len(known)) * every_tile)
+        for mine, known in zip(blocks, tiles, strict=True)
+    )
+
+
+def _new_pairs(features: Features, tokens: int, blocks: list[tuple[RowBlock, ...]]) -> int:
+    """See `KernelPlan.new_pairs`."""
+    most = max(g.pairs for mine in blocks for b in mine for g in b.groups)
+    return most if features.has_new_keys and tokens == 1 and most >= NEW_TOGETHER else 0
+
+
+def _most_keys(width: int, page_len: int) -> int:
+    """Of a tile, for heads of so many channels."""
+    if page_len:
+        return PAGED_KEYS
+    return NARROW_KEYS if 2 * width <= PARTITIONS else MAX_KEYS
+
+
+def _raw_unit(features: Features) -> float:
+    if features.soft_cap is not None:
+        return features.soft_cap
+    return 1.0 if features.has_scales else features.scale
 
 
 def _known_tiles(
@@ -374,28 +407,28 @@ def _check_options(exchange: str, loop: str | None, features: Features) -> None:
         )
 
 
-def _live_tiles(slots: int, live_slots: int, programs: int, most: int, run: int) -> LiveTiles:
+def _live_tiles(slots: int, live_slots: int, sharers: int, most: int, run: int) -> LiveTiles:
     """Tiles for a loop, as large as allowed; a program's part of a full cache is a whole number.
 
     A few rounds more than needed where they divide it evenly: no key is then read twice.
     """
     columns = run or 1
-    units = slots // (PARTITIONS * columns * programs)
+    units = slots // (PARTITIONS * columns * sharers)
     if units == 0:
         raise ValueError(
-            f"{slots} slots are less than a tile for each of {programs} programs: use "
+            f"{slots} slots are less than a tile for each of {sharers} program(s): use "
             "loop='static'."
         )
-    needed = math.ceil(slots / (PARTITIONS * programs * max(1, most // columns) * columns))
+    needed = math.ceil(slots / (PARTITIONS * sharers * max(1, most // columns) * columns))
     even = [n for n in range(needed, needed + needed // 3 + 1) if units % n == 0]
     rounds = even[0] if even else needed
-    keys = math.ceil(slots / (PARTITIONS * columns * programs * rounds)) * columns * PARTITIONS
+    keys = math.ceil(slots / (PARTITIONS * columns * sharers * rounds)) * columns * PARTITIONS
     keys = min(keys, units * columns * PARTITIONS)
     full = key_tile(0, keys, run, 0, is_masked=False, is_dirty=False)
     edge = key_tile(0, keys, run, 0, is_masked=True, is_dirty=False)
     dirty = key_tile(0, keys, run, 0, is_masked=True, is_dirty=True)
     most_read = min(slots, live_slots + 2 * (columns - 1))  # whole units
-    return LiveTiles(full, edge, dirty, columns, math.ceil(most_read / (keys * programs)))
+    return LiveTiles(full, edge, dirty, columns, math.ceil(most_read / (keys * sharers)), sharers)
 
 
 def pairs_of(

@@ -11,7 +11,7 @@ import pytest
 import jax_tkg
 from jax_tkg.nki import attention_tkg as kernel_module
 from jax_tkg.nki import interpreter
-from jax_tkg.nki.arguments import constants, token_bits
+from jax_tkg.nki.arguments import constants
 from jax_tkg.nki.attention_tkg import attend, attention_tkg
 from jax_tkg.nki.buffers import Inputs
 from jax_tkg.nki.implementation import NkiInterpret
@@ -23,6 +23,7 @@ from jax_tkg.nki.plan import Features, KernelPlan, make_plan
 from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.nki.steps import exchange
 from jax_tkg.nki.steps.load import parts_of
+from jax_tkg.nki.tables import hidden_new
 from jax_tkg.rope import RotaryEmbedding
 
 NAMES = tuple(inspect.signature(attention_tkg).parameters)[:-1]
@@ -71,9 +72,7 @@ class Case:
             self.arrays |= {
                 "new_key": normal(b, t, k, plan.head_dim),
                 "new_value": normal(b, t, k, plan.value_head_dim),
-                "new_hidden": np.asarray(
-                    token_bits(jnp.asarray(hidden.swapaxes(0, 1)[:, :, None]))
-                ),
+                "new_hidden": np.asarray(hidden_new(jnp.asarray(hidden[:, None]), plan)),
             }
         if plan.features.rotary is not None:
             self.arrays["query_positions"] = new_position.astype(np.int32)
@@ -322,6 +321,61 @@ def test_pages_that_are_missing_among_live_ones(
         np.testing.assert_allclose(a, b, atol=CLOSE, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "pairs"),
+    [
+        ({"batch": 3}, 6),
+        ({"batch": 20, "kv_heads": 1, "slots": 140}, 20),  # bits
+        ({"batch": 9, "heads": 32, "slots": 140}, 8),  # groups of 4, 4 and 1 sequences
+        ({"batch": 3, "programs": 2, "value_head_dim": 160}, 6),
+        ({"batch": 2, "programs": 2, "loop": "runtime"}, 4),
+        ({"batch": 8, "programs": 2, "slots": 140}, 8),  # four sequences for each
+    ],
+)
+def test_the_new_keys_of_all_pairs_at_once(sizes: dict[str, Any], pairs: int) -> None:
+    """Of one token; NaN among those of one sequence does not reach another."""
+    plan = planned(ALL, **({"tokens": 1} | sizes))
+    assert plan.new_pairs == pairs
+    lengths = ([plan.slots, 33, 7] * 7)[: plan.batch]
+    case = Case(plan, lengths)
+    assert case.error(refuse_uninitialized=True) < CLOSE
+    before = case.run().outputs[0]
+    case.arrays["new_key"][1] = case.arrays["new_value"][0] = np.nan
+    after = case.run().outputs[0]
+    assert np.isnan(after[:2]).all()
+    np.testing.assert_array_equal(after[2:], before[2:])
+
+
+def test_what_new_keys_take_of_the_tensor_engine() -> None:
+    def count(op: str, *functions: str, **sizes: int) -> int:
+        plan = planned(ALL, slots=140, **sizes)
+        steps = Case(plan, [130] * plan.batch).run().programs[0]
+        return sum(step.op == op and step.source.function in functions for step in steps)
+
+    products = "compute_new_qk_matmul", "compute_new_pv_matmul", "add_new_values"
+    assert count("nc_matmul", *products, tokens=1, batch=6) == 1 + 1  # logits, weights spread
+    assert count("nc_matmul", "compute_new_qk_matmul", tokens=2, batch=6) == 12  # by pair
+    assert count("nc_transpose", "transpose", tokens=2, batch=6) == 1  # with the queries
+    assert count("nc_transpose", "transpose", tokens=2, batch=15) == 2  # which fill the partitions
+
+
+def test_the_new_keys_of_few_pairs_each_by_itself() -> None:
+    assert planned(ALL, tokens=1, batch=1).new_pairs == planned(ALL, tokens=2).new_pairs == 0
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("lengths", [[900, 5, 0, 130], [0, 900, 900, 350], [300, 128, 129, 900]])
+def test_a_window_shared_by_sequences(lengths: list[int], programs: int) -> None:
+    """Both programs make equally many rounds, whatever the lengths; the interpreter sees to it."""
+    features = replace(ALL, has_low=True)
+    sizes = {"batch": 4, "programs": programs, "loop": "runtime", "most_live": 201}
+    case = Case(planned(features, **sizes), lengths, window=200)
+    assert case.plan.sharding == ("none" if programs == 1 else "batch")
+    done = case.run(refuse_uninitialized=True)
+    assert not any(step.op == "sendrecv" for program in done.programs for step in program)
+    assert case.error(refuse_uninitialized=True) < CLOSE
+
+
 @pytest.mark.parametrize(("tokens", "heads"), [(9, 4), (19, 1)])
 def test_a_dense_mask_for_more_tokens_than_a_word_has_bits(tokens: int, heads: int) -> None:
     """Bits of the cached keys come in words of 16 tokens, of the new keys in bytes of 8."""
@@ -339,6 +393,29 @@ def test_a_dense_mask_for_more_tokens_than_a_word_has_bits(tokens: int, heads: i
     query = normal(1, tokens, 4, 32)
     results = [
         jax_tkg.attention_tkg(query, key, value, **given, implementation=form, return_residual=True)
+        for form in (NkiInterpret(programs=1), "reference")
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_dense_mask_of_many_sequences(heads: int) -> None:
+    """Of one token: bits of the cached keys are of sequences."""
+    random, batch, slots = np.random.default_rng(1), 64, 150  # two row groups
+
+    def normal(*shape: int) -> jnp.ndarray:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    mask = random.random((batch, heads, 1, slots)) < 0.6
+    key, value = normal(batch, slots, 1, 16), normal(batch, slots, 1, 16)
+    value = value.at[0, 3].set(jnp.nan)
+    mask[0, :, :, 3] = mask[7] = False
+    query = normal(batch, 1, 4, 16)
+    results = [
+        jax_tkg.attention_tkg(
+            query, key, value, mask=jnp.asarray(mask), implementation=form, return_residual=True
+        )
         for form in (NkiInterpret(programs=1), "reference")
     ]
     for a, b in zip(*results, strict=True):

@@ -69,6 +69,9 @@ LAUNCHES = (
           slots=300, positions="given"), ONE),
     (Case("wide-bf16", head_dim=192, layout="BKHS", query_dtype="bfloat16", slots=300), ONE),
     (Case("wide-shared", head_dim=160, layout="BKSH", slots=300, tokens=3, batch=1), TWO),
+    # So many sequences of one token that two bytes say which of them see a key.
+    (Case("one-token", batch=32, heads=4, kv_heads=1, head_dim=16, slots=2100, beside=True,
+          layout="BKSH", mask="full", bias="full"), ONE),
     # Programs that share sequences, in one tile each.
     (Case("shared", **SHARED), TWO),
     (Case("shared-every-tile", **SHARED), EVERY_TILE),

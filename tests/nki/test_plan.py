@@ -156,6 +156,25 @@ RAGGED = {"is_ragged": True}
 
 
 @pytest.mark.parametrize(
+    ("sizes", "sharding"),
+    [
+        ({"most_live": 129}, "batch"),
+        ({"most_live": 2048}, "batch"),  # a tile or so for each sequence, long or short
+        ({"most_live": 2049}, "sequence"),
+        ({"most_live": 129, "batch": 3}, "sequence"),
+        ({}, "sequence"),  # a sequence may be as long as the cache, another empty
+    ],
+)
+def test_how_two_programs_share_a_loop(sizes: dict[str, Any], sharding: str) -> None:
+    made = plan(RAGGED, **({"programs": 2, "slots": 20_000} | sizes))
+    assert made.live is not None
+    assert made.sharding == sharding
+    assert made.live.sharers == (2 if sharding == "sequence" else 1)
+    assert ("in turns" in str(made)) == (sharding == "sequence")
+    assert "loop over" in made.reason
+
+
+@pytest.mark.parametrize(
     ("features", "sizes", "is_loop"),
     [
         ({}, {"slots": 100_000}, False),  # all is live

@@ -1,26 +1,23 @@
-"""From HBM: constants, queries, cached keys and values."""
+"""From HBM: constants, cached keys and values."""
 
 from typing import Any
 
 from jax_tkg.nki.buffers import (
     BITS,
     BOTH_BYTES,
-    LOWEST_MAX,
     NOWHERE,
     Constants,
     Inputs,
     KeySource,
     Pages,
     Place,
-    RowBuffers,
     chunks,
 )
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
-from jax_tkg.nki.rope import cos_sin_rows, load_turns, rotate_rows
+from jax_tkg.nki.rope import load_turns
 from jax_tkg.nki.rows import (
     PARTITIONS,
-    RowBlock,
     RowChunk,
     RowGroup,
     batch_of,
@@ -69,17 +66,41 @@ def load_broadcast(source: Any) -> Any:
 
 def load_constants(inputs: Inputs, plan: KernelPlan) -> Constants:
     """What every step reads."""
-    consts = Constants(None, None, None, None, None, None, None)
-    features = plan.features
-    if plan.tokens > 1 and (features.has_mask or features.has_new_keys):
-        consts.bits = nl.ndarray((PARTITIONS, min(BITS, plan.tokens)), nl.uint16, buffer=nl.sbuf)
-        for i in range(min(BITS, plan.tokens)):
-            nisa.memset(dst=consts.bits[:, i : i + 1], value=BOTH_BYTES << i)
+    consts = Constants(None, None, None, None, None, None, None, None)
+    features, count = plan.features, bits_of(inputs, plan)
+    if count > 0:
+        consts.bits = nl.ndarray((PARTITIONS, count), nl.uint16, buffer=nl.sbuf)
+        nisa.memset(dst=consts.bits[:, 0:1], value=BOTH_BYTES)
+        for have in (1, 2, 4):  # as many again, shifted: not by GpSimd, which has DMAs to start
+            if have < count:
+                more = min(have, count - have)
+                nisa.tensor_scalar(
+                    dst=consts.bits[:, nl.ds(have, more)],
+                    data=consts.bits[:, 0:more],
+                    op0=nl.left_shift,
+                    operand0=have,
+                )
+    if plan.new_pairs > 0:
+        shape = (plan.new_pairs, min(PARTITIONS, plan.value_head_dim))
+        consts.ones = nl.ndarray(shape, inputs.query.dtype, buffer=nl.sbuf)
+        nisa.memset(dst=consts.ones, value=1.0)
     if plan.constants:
         name_constants(consts, load_broadcast(inputs.constants[nl.program_id(0)]), plan)
     if features.rotary != None:  # noqa: E711  (the kernel language has no `is`)
         consts.turns = load_turns(inputs.rotary_table, PARTITIONS)
     return consts
+
+
+def bits_of(inputs: Inputs, plan: KernelPlan) -> int:
+    """How many bits of a byte the tables of this launch use; 0 where they have none."""
+    if plan.tokens > 1 and (plan.features.has_mask or plan.features.has_new_keys):
+        return min(BITS, plan.tokens)
+    return BITS if plan.new_pairs > BITS or has_sequence_bits(inputs, plan) else 0
+
+
+def has_sequence_bits(inputs: Inputs, plan: KernelPlan) -> bool:
+    """Whether the dense mask of cached keys has a bit for each sequence: see `Inputs.hidden`."""
+    return plan.features.has_mask and plan.tokens == 1 and inputs.hidden.shape[4] > 1
 
 
 def name_constants(consts: Constants, every: Any, plan: KernelPlan) -> None:
@@ -110,90 +131,19 @@ def chunk_view(tensor: Any, chunk: RowChunk) -> Any:
     return some.permute((0, 2, 1, 3)) if len(some.shape) == 4 else some.permute((0, 2, 1))
 
 
-def transpose(rows: Any) -> Any:
-    """Up to 128 rows, transposed: a tile `[h, rows]` in PSUM for each chunk of 128 of H."""
-    tiles = []
-    for start, size in chunks(rows.shape[1]):
-        turned = nl.ndarray((size, rows.shape[0]), rows.dtype, buffer=nl.psum)
-        mine = rows[:, nl.ds(start, size)]
-        nisa.nc_transpose(dst=turned, data=mine, engine=nisa.engine.tensor)
-        tiles.append(turned)
-    return tiles
-
-
-def rotate(rows: Any, positions: Any, consts: Constants, plan: KernelPlan) -> None:
-    """Rotates rows `[rows, H]`, if the kernel does; `positions` are their tokens' in HBM."""
-    if plan.features.rotary == None:  # noqa: E711
-        return
-    column = nl.ndarray((rows.shape[0], 1), nl.int32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=column, src=positions)
-    cos_sin = cos_sin_rows(column, consts.turns)
-    rotate_rows(rows, rows, cos_sin, plan.features.rotary == "interleaved")
-
-
-def positions_of(inputs: Inputs, batches: Any, tokens: Any, heads: int) -> Any:
-    """Positions of rows in the order sequence, head, token: `[b, heads, t]` in HBM."""
-    if inputs.query_positions == None:  # noqa: E711
-        return None
-    return inputs.query_positions[batches, tokens].expand_dim(1).broadcast(1, heads)
-
-
-def allocate_fa_buffers(
-    inputs: Inputs, consts: Constants, block: RowBlock, plan: KernelPlan
-) -> RowBuffers:
-    """Queries, transposed, and the state of the rows of a block."""
-    shape, query = (PARTITIONS, block.rows), inputs.query
-    queries, outputs = [], []
-    for _, size in chunks(plan.head_dim):
-        queries.append(nl.ndarray((size, block.rows), query.dtype, buffer=nl.sbuf))
-    for _, size in chunks(plan.value_head_dim):
-        outputs.append(nl.ndarray((size, block.rows), nl.float32, buffer=nl.sbuf))
-    for group in block.groups:
-        if query.buffer == nl.sbuf:
-            rows = nl.ds(group.first_row, group.rows)
-            nisa.tensor_copy(dst=queries[0][:, rows], src=query[:, global_rows(group, plan)])
-            continue
-        for chunk in group.chunks:
-            loaded = nl.ndarray((chunk.rows, plan.head_dim), query.dtype, buffer=nl.sbuf)
-            in_loop = plan.live != None  # noqa: E711  (whose keys come after all queries)
-            load_small(loaded, chunk_view(query, chunk), in_loop, plan)
-            batches = nl.ds(chunk.first_batch, chunk.batches)
-            tokens = nl.ds(chunk.first_token, chunk.tokens)
-            positions = positions_of(inputs, batches, tokens, chunk.heads)
-            rotate(loaded, positions, consts, plan)
-            rows = nl.ds(group.first_row + chunk.first_row, chunk.rows)
-            turned = transpose(loaded)
-            for c in range(len(turned)):
-                nisa.tensor_copy(dst=queries[c][:, rows], src=turned[c])
-    running_max = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    running_sum = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    decay = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    return RowBuffers(queries, running_max, running_sum, outputs, decay)
+def piece_view(tensor: Any, piece: Piece, group: RowGroup) -> Any:
+    """The part of `[B, T, K, ...]` that a piece and a group are about."""
+    return tensor[
+        nl.ds(group.first_batch, group.batches),
+        nl.ds(piece.start, piece.keys),
+        nl.ds(group.first_kv, group.kv_heads),
+    ]
 
 
 def global_rows(group: RowGroup, plan: KernelPlan) -> Any:
     """The rows of a group among all B * N * T."""
     head = group.first_kv * plan.group + group.first_query
     return nl.ds((group.first_batch * plan.heads + head) * plan.tokens, group.rows)
-
-
-def rows_of(bufs: RowBuffers, group: RowGroup) -> RowBuffers:
-    """The buffers of one group of a block."""
-    rows = nl.ds(group.first_row, group.rows)
-    queries, outputs = [], []
-    for query in bufs.query:
-        queries.append(query[:, rows])
-    for output in bufs.output:
-        outputs.append(output[:, rows])
-    return RowBuffers(queries, bufs.max[:, rows], bufs.sum[:, rows], outputs, bufs.decay[:, rows])
-
-
-def start_rows(bufs: RowBuffers) -> None:
-    """The state of rows that have seen no key."""
-    nisa.memset(dst=bufs.max, value=LOWEST_MAX)
-    nisa.memset(dst=bufs.sum, value=0.0)
-    for running in bufs.output:
-        nisa.memset(dst=running, value=0.0)
 
 
 def cache_source(inputs: Inputs, pages: Any, group: RowGroup, i: int, plan: KernelPlan) -> Any:

@@ -7,9 +7,9 @@ from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.mask import hidden_by_key
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowGroup
-from jax_tkg.nki.steps.load import load_small
-from jax_tkg.nki.steps.new_keys import load_for_rows
-from jax_tkg.nki.steps.qk import spans_of
+from jax_tkg.nki.steps.load import has_sequence_bits, load_small
+from jax_tkg.nki.steps.new_keys import load_for_pairs, load_for_rows
+from jax_tkg.nki.steps.qk import partitions_of, spans_of
 from jax_tkg.nki.tiles import KeyTile, Piece
 
 EVERY_BIT = 255
@@ -145,9 +145,7 @@ def join_dense(
     plan: KernelPlan,
 ) -> Any:
     """Hidden by position or by the dense mask: `[128, columns, b, heads or 1, T]`."""
-    packed = load_dense(inputs.hidden, nl.uint8, EVERY_BIT, place, tile, group, plan)
-    words = packed.view(nl.uint16) if group.tokens > 1 else packed
-    dense = unpack_tokens(words, consts.bits, group.tokens)
+    dense = load_hidden(inputs, consts, place, tile, group, plan)
     if hidden == None and dense.shape[3] == 1:  # noqa: E711
         return dense
     joined = nl.ndarray(dense.shape, nl.uint8, buffer=nl.sbuf)
@@ -159,6 +157,26 @@ def join_dense(
         every = every.broadcast(4, group.tokens)
     nisa.tensor_tensor(dst=joined, data1=dense, data2=every, op=nl.logical_or)
     return joined
+
+
+def load_hidden(
+    inputs: Inputs,
+    consts: Constants,
+    place: Place,
+    tile: KeyTile,
+    group: RowGroup,
+    plan: KernelPlan,
+) -> Any:
+    """What the dense mask hides, `[128, columns, b, heads or 1, T]`."""
+    if has_sequence_bits(inputs, plan):
+        packed = load_dense(inputs.hidden, 1, nl.uint8, EVERY_BIT, place, tile, group, plan)
+        by_batch = unpack_tokens(packed.view(nl.uint16), consts.bits, group.batches)
+        return by_batch.permute((0, 1, 4, 3, 2))
+    batches = group.batches
+    packed = load_dense(inputs.hidden, batches, nl.uint8, EVERY_BIT, place, tile, group, plan)
+    if group.tokens == 1:
+        return packed
+    return unpack_tokens(packed.view(nl.uint16), consts.bits, group.tokens)
 
 
 def unpack_tokens(packed: Any, bits: Any, tokens: int) -> Any:
@@ -176,13 +194,20 @@ def unpack_tokens(packed: Any, bits: Any, tokens: int) -> Any:
         bits = bits.view(nl.uint8)[:, 0 : 2 * each : 2]
     shape = (keys, columns, batches, heads, count * each)
     unpacked = nl.ndarray(shape, packed.dtype, buffer=nl.sbuf)
-    every = bits[0:keys, 0:each].expand_dim(1).expand_dim(2).expand_dim(3)
-    every = every.broadcast(1, columns).broadcast(2, batches).broadcast(3, heads)
+    every = bits[0:keys, 0:each].expand_dim(1).expand_dim(2).expand_dim(3).broadcast(1, columns)
+    if batches == 1:
+        nisa.tensor_tensor(
+            dst=unpacked[:, :, 0].reshape_dim(3, (count, each)),
+            data1=packed[:, :, 0].expand_dim(4).broadcast(4, each),
+            data2=every.broadcast(2, heads).broadcast(3, count),
+            op=nl.bitwise_and,
+        )
+        return unpacked.view(nl.uint8)[:, :, :, :, 0:tokens]
     for i in range(count):
         nisa.tensor_tensor(
             dst=unpacked[:, :, :, :, nl.ds(i * each, each)],
             data1=packed[:, :, :, :, i : i + 1].broadcast(4, each),
-            data2=every,
+            data2=every.broadcast(2, batches).broadcast(3, heads),
             op=nl.bitwise_and,
         )
     return unpacked.view(nl.uint8)[:, :, :, :, 0:tokens]
@@ -190,6 +215,7 @@ def unpack_tokens(packed: Any, bits: Any, tokens: int) -> Any:
 
 def load_dense(
     dense: Any,
+    batches: int,
     dtype: Any,
     beyond: float,
     place: Place,
@@ -197,17 +223,20 @@ def load_dense(
     group: RowGroup,
     plan: KernelPlan,
 ) -> Any:
-    """A dense mask or bias of a tile: `[128, columns, b, heads or 1, ...]`; `beyond` its keys."""
+    """A dense mask or bias of a tile: `[128, columns, b, heads or 1, ...]`; `beyond` its keys.
+
+    b are the `batches` of the group, or 1 where they share numbers.
+    """
     together = dense.shape[2]
     heads = group.kv_heads * group.queries if dense.shape[3] > 1 else 1
     first = group.first_kv * plan.group + group.first_query if dense.shape[3] > 1 else 0
     tokens = dense.shape[4]
     columns = tile.cached_columns
-    loaded = nl.ndarray((PARTITIONS, columns, group.batches, heads, tokens), dtype, buffer=nl.sbuf)
+    loaded = nl.ndarray((PARTITIONS, columns, batches, heads, tokens), dtype, buffer=nl.sbuf)
     apart, by_batch = 1, loaded.expand_dim(1)
-    if together < group.batches:
-        shape = (PARTITIONS, group.batches, columns, heads, tokens)
-        apart, loaded = group.batches, nl.ndarray(shape, dtype, buffer=nl.sbuf)
+    if together < batches:
+        shape = (PARTITIONS, batches, columns, heads, tokens)
+        apart, loaded = batches, nl.ndarray(shape, dtype, buffer=nl.sbuf)
         by_batch, loaded = loaded.expand_dim(3), loaded.permute((0, 2, 1, 3, 4))
     for piece in tile.cached:
         p, part = piece.partitions, nl.ds(piece.column, piece.subtiles)
@@ -215,7 +244,7 @@ def load_dense(
         if p < PARTITIONS:
             nisa.memset(dst=loaded[:, part], value=beyond)
         for b in range(apart):
-            number = (group.first_batch + b) // together if dense.shape[0] > 1 else 0
+            number = (group.first_batch + b) * dense.shape[0] // plan.batch
             mine = dense[number, slots, :, nl.ds(first, heads)]
             by_key = mine.reshape_dim(0, (p, piece.subtiles))
             nisa.dma_copy(dst=by_batch[0:p, b, part], src=by_key)
@@ -251,14 +280,45 @@ def mask_new(
 ) -> None:
     """Adds the bias of new keys, and masks those that a row may not see."""
     for piece in tile.new:
-        part = logits.banks[piece.column // logits.per_bank]
-        part = part[0 : piece.keys, piece.column % logits.per_bank, :]
+        live = partitions_of(piece, group, plan)
+        bank = logits.banks[piece.column // logits.per_bank]
+        part = bank[0:live, piece.column % logits.per_bank, :]
+        if plan.new_pairs > 0:
+            mask_other_pairs(part, inputs, consts, group, plan)
+            continue
         if plan.features.has_bias:
             bias = load_for_rows(inputs.new_bias, piece, group, plan)
             nisa.tensor_tensor(dst=part, data1=part, data2=bias, op=nl.add)
         hidden = load_new_hidden(inputs, consts, piece, group, plan)
         rows = part.reshape_dim(1, hidden.shape[1:4])
         nisa.tensor_copy_predicated(dst=rows, src=MASKED, predicate=hidden)
+
+
+def mask_other_pairs(
+    part: Any, inputs: Inputs, consts: Constants, group: RowGroup, plan: KernelPlan
+) -> None:
+    """The same for logits `[pairs, R]` of all new keys and all rows: rows see those of their pair.
+
+    So what is said of a key's own rows may be added to all.
+    """
+    rows = part.reshape_dim(1, (group.pairs, group.rows_per_pair))
+    if plan.features.has_bias:
+        bias = load_for_pairs(inputs.new_bias, group, plan)
+        every = bias.expand_dim(1).broadcast(1, group.pairs)
+        nisa.tensor_tensor(dst=rows, data1=rows, data2=every, op=nl.add)
+    mine = inputs.new_hidden[
+        nl.ds(group.first_batch, group.batches), nl.ds(group.first_kv, group.kv_heads)
+    ]
+    packed = nl.ndarray((group.pairs, mine.shape[2], mine.shape[3]), nl.uint8, buffer=nl.sbuf)
+    in_loop = plan.live != None  # noqa: E711  (whose keys come after these)
+    load_small(packed, mine, in_loop, plan)
+    if plan.new_pairs > BITS:
+        words = packed.view(nl.uint16).expand_dim(1).expand_dim(1)
+        packed = unpack_tokens(words, consts.bits, plan.new_pairs)[:, 0, 0]
+    hidden = packed.permute((0, 2, 1))[:, 0 : group.pairs]
+    if hidden.shape[2] < group.rows_per_pair:
+        hidden = hidden.broadcast(2, group.rows_per_pair)
+    nisa.tensor_copy_predicated(dst=rows, src=MASKED, predicate=hidden)
 
 
 def load_new_hidden(
@@ -285,7 +345,7 @@ def add_bias(
     """Adds the dense bias to the logits of cached keys."""
     if not plan.features.has_bias or not tile.cached:
         return
-    bias = load_dense(inputs.bias, nl.float32, 0.0, place, tile, group, plan)
+    bias = load_dense(inputs.bias, group.batches, nl.float32, 0.0, place, tile, group, plan)
     heads = bias.shape[3]
     if bias.shape[4] < group.tokens:
         bias = bias.broadcast(4, group.tokens)

@@ -2,17 +2,12 @@
 
 from typing import Any
 
-from jax_tkg.nki.buffers import Constants, Inputs, NewKeys
+from jax_tkg.nki.buffers import Constants, Inputs, NewKeys, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowGroup
-from jax_tkg.nki.steps.load import (
-    global_rows,
-    load_small,
-    positions_of,
-    rotate,
-    transpose,
-)
+from jax_tkg.nki.steps.load import global_rows, load_small, piece_view
+from jax_tkg.nki.steps.queries import positions_of, rotate, transpose
 from jax_tkg.nki.tiles import KeyTile, Piece
 
 VALUE_LOADS = 2
@@ -22,7 +17,7 @@ VALUE_LOADS = 2
 def load_new_keys(
     inputs: Inputs,
     rotated: Any,
-    dtype: Any,
+    bufs: RowBuffers,
     consts: Constants,
     tile: KeyTile,
     group: RowGroup,
@@ -32,46 +27,70 @@ def load_new_keys(
 
     Where the kernel rotates them it also stores them in `rotated`, `[B, T, K, H]`.
     """
-    loaded = NewKeys([], [])
+    loaded, dtype = NewKeys([], []), bufs.query[0].dtype
     for piece in tile.new:
+        if plan.new_pairs > 0:
+            loaded.values.append(load_turned_values(inputs, dtype, piece, group, plan))
+        else:
+            loaded.values.append(load_values(inputs, dtype, piece, group, plan))
+        if bufs.new_key != None:  # noqa: E711  (the kernel language has no `is`)
+            loaded.keys.append(bufs.new_key)
+            continue
         rows = nl.ndarray((group.pairs * piece.keys, plan.head_dim), dtype, buffer=nl.sbuf)
         by_row = (0, 2, 1, 3)
         load_small(rows, piece_view(inputs.new_key, piece, group).permute(by_row), True, plan)
         batches = nl.ds(group.first_batch, group.batches)
         tokens = nl.ds(piece.start, piece.keys)
         rotate(rows, positions_of(inputs, batches, tokens, group.kv_heads), consts, plan)
-        if rotated != None:  # noqa: E711  (the kernel language has no `is`)
+        if rotated != None:  # noqa: E711
             nisa.dma_copy(dst=piece_view(rotated, piece, group).permute(by_row), src=rows)
-        tiles = []
-        for turned in transpose(rows):
-            tile_keys = nl.ndarray(turned.shape, dtype, buffer=nl.sbuf)
-            nisa.tensor_copy(dst=tile_keys, src=turned)
-            tiles.append(tile_keys)
-        loaded.keys.append(tiles)
-        values = piece_view(inputs.new_value, piece, group).permute((1, 0, 2, 3))
-        shape = (piece.keys, group.pairs, plan.value_head_dim)
-        tile_values = nl.ndarray(shape, dtype, buffer=nl.sbuf)
-        by_pair = tile_values.reshape_dim(1, (group.batches, group.kv_heads))
-        step = -(-group.batches // VALUE_LOADS)
-        for first in range(0, group.batches, step):
-            some = nl.ds(first, min(step, group.batches - first))
-            by_gpsimd = plan.live == None  # noqa: E711  (which in a loop has queries and masks)
-            load_small(by_pair[:, some], values[:, some], by_gpsimd, plan)
-        loaded.values.append(tile_values)
+        loaded.keys.append(keep_turned(rows))
     return loaded
 
 
-def piece_view(tensor: Any, piece: Piece, group: RowGroup) -> Any:
-    """The part of `[B, T, K, ...]` that a piece and a group are about."""
-    return tensor[
-        nl.ds(group.first_batch, group.batches),
-        nl.ds(piece.start, piece.keys),
-        nl.ds(group.first_kv, group.kv_heads),
-    ]
+def keep_turned(rows: Any) -> Any:
+    """Rows, transposed, in SBUF: a tile `[h, rows]` for each chunk of 128 of H."""
+    tiles = []
+    for turned in transpose(rows):
+        tile = nl.ndarray(turned.shape, rows.dtype, buffer=nl.sbuf)
+        nisa.tensor_copy(dst=tile, src=turned)
+        tiles.append(tile)
+    return tiles
+
+
+def load_values(inputs: Inputs, dtype: Any, piece: Piece, group: RowGroup, plan: KernelPlan) -> Any:
+    """The new values of a piece, `[keys, pairs, Hv]`."""
+    values = piece_view(inputs.new_value, piece, group).permute((1, 0, 2, 3))
+    loaded = nl.ndarray((piece.keys, group.pairs, plan.value_head_dim), dtype, buffer=nl.sbuf)
+    by_pair = loaded.reshape_dim(1, (group.batches, group.kv_heads))
+    step = -(-group.batches // VALUE_LOADS)
+    for first in range(0, group.batches, step):
+        some = nl.ds(first, min(step, group.batches - first))
+        by_gpsimd = plan.live == None  # noqa: E711  (which in a loop has queries and masks)
+        load_small(by_pair[:, some], values[:, some], by_gpsimd, plan)
+    return loaded
+
+
+def load_turned_values(
+    inputs: Inputs, dtype: Any, piece: Piece, group: RowGroup, plan: KernelPlan
+) -> Any:
+    """The new values of one token, `[hv, pairs]` for each chunk of 128 of Hv."""
+    rows = nl.ndarray((group.pairs, plan.value_head_dim), dtype, buffer=nl.sbuf)
+    values = piece_view(inputs.new_value, piece, group)
+    load_small(rows, values, plan.live == None, plan)  # noqa: E711
+    return keep_turned(rows)
 
 
 def load_for_rows(tensor: Any, piece: Piece, group: RowGroup, plan: KernelPlan) -> Any:
     """`[keys, rows of the group]` of `[T, B * N * T]`."""
     loaded = nl.ndarray((piece.keys, group.rows), tensor.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=loaded, src=tensor[nl.ds(piece.start, piece.keys), global_rows(group, plan)])
+    return loaded
+
+
+def load_for_pairs(tensor: Any, group: RowGroup, plan: KernelPlan) -> Any:
+    """Numbers of rows of one token, `[pairs, rows of a pair]` of `[1, B * N]`."""
+    loaded = nl.ndarray((group.pairs, group.rows_per_pair), tensor.dtype, buffer=nl.sbuf)
+    mine = tensor[:, global_rows(group, plan)].reshape_dim(1, loaded.shape)
+    nisa.dma_copy(dst=loaded, src=mine[0])
     return loaded

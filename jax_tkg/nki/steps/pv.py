@@ -41,12 +41,50 @@ def compute_pv_matmul(
 
 
 def compute_new_pv_matmul(
-    products: Any, weights: Any, new: NewKeys, i: int, starts: bool, tile: KeyTile, group: RowGroup
+    products: Any, weights: Any, new: NewKeys, starts: bool, tile: KeyTile, group: RowGroup
 ) -> None:
-    """The products of the new values of pair i; `starts` where no cached ones came before."""
-    for k in range(len(tile.new)):
-        values = new.values[k][:, nl.ds(i, 1), :]
-        compute_pv_matmul(products, weights, values, tile.new[k], starts and k == 0, i, group)
+    """The products of the new values of each pair; `starts` where no cached ones came before."""
+    for i in range(group.pairs):
+        for k in range(len(tile.new)):
+            values = new.values[k][:, nl.ds(i, 1), :]
+            compute_pv_matmul(products, weights, values, tile.new[k], starts and k == 0, i, group)
+
+
+def add_new_values(
+    weights: Any,
+    new: NewKeys,
+    bufs: RowBuffers,
+    consts: Constants,
+    is_first: bool,
+    tile: KeyTile,
+    group: RowGroup,
+) -> None:
+    """Running output = running output + weight times new value, one a row: of all pairs at once.
+
+    A matmul with ones brings the weight of a row to all partitions, as it has one that is not 0.
+    Values do not take part in it: so NaN among those of a pair stays there.
+    """
+    piece, pairs = tile.new[0], group.pairs
+    spread = nl.ndarray((consts.ones.shape[1], group.rows), nl.float32, buffer=nl.psum)
+    nisa.nc_matmul(
+        dst=spread,
+        stationary=consts.ones[0:pairs],
+        moving=weights[0:pairs, piece.column, :],
+        accumulate=False,
+    )
+    for c in range(len(bufs.output)):
+        running, values = bufs.output[c], new.values[0][c]
+        size = running.shape[0]
+        mine = running if is_first else nl.ndarray(running.shape, nl.float32, buffer=nl.sbuf)
+        by_pair = spread[0:size].reshape_dim(1, (pairs, group.rows_per_pair))
+        nisa.tensor_tensor(
+            dst=mine.reshape_dim(1, (pairs, group.rows_per_pair)),
+            data1=by_pair,
+            data2=values.expand_dim(2).broadcast(2, group.rows_per_pair),
+            op=nl.multiply,
+        )
+        if not is_first:
+            nisa.tensor_tensor(dst=running, data1=running, data2=mine, op=nl.add)
 
 
 def clear_unseen_values(values: Any, unseen: Any) -> None:

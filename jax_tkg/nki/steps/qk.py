@@ -10,7 +10,7 @@ from jax_tkg.nki.steps.load import key_column
 from jax_tkg.nki.tiles import KeyTile, Piece
 
 
-def allocate_qk_buffers(tile: KeyTile, group: RowGroup) -> Logits:
+def allocate_qk_buffers(tile: KeyTile, group: RowGroup, plan: KernelPlan) -> Logits:
     """Banks of PSUM for the logits of a tile; what no key will fill is masked.
 
     A matmul must not straddle banks, so a bank holds whole columns.
@@ -22,7 +22,7 @@ def allocate_qk_buffers(tile: KeyTile, group: RowGroup) -> Logits:
         bank = nl.ndarray((PARTITIONS, count, group.rows), nl.float32, buffer=nl.psum)
         logits.banks.append(bank)
     for piece in tile.cached + tile.new:
-        if piece.partitions < PARTITIONS:
+        if partitions_of(piece, group, plan) < PARTITIONS:
             for span in spans_of(piece, logits):
                 nisa.memset(dst=logits.banks[span[0]][:, nl.ds(span[1], span[2]), :], value=MASKED)
     return logits
@@ -39,6 +39,14 @@ def spans_of(piece: Piece, logits: Logits) -> Any:
             spans.append((column // logits.per_bank, inside, count, column - piece.column))
             column += count
     return spans
+
+
+def partitions_of(piece: Piece, group: RowGroup, plan: KernelPlan) -> int:
+    """Partitions that hold logits of a piece.
+
+    New keys that are multiplied at once lie one below the other, those of a pair after another's.
+    """
+    return group.pairs if piece.is_new and plan.new_pairs > 0 else piece.partitions
 
 
 def pair_rows(group: RowGroup, i: int) -> Any:
@@ -74,20 +82,23 @@ def compute_qk_matmul(
 
 
 def compute_new_qk_matmul(
-    logits: Logits, new: NewKeys, bufs: RowBuffers, i: int, tile: KeyTile, group: RowGroup
+    logits: Logits, new: NewKeys, bufs: RowBuffers, tile: KeyTile, group: RowGroup, plan: KernelPlan
 ) -> None:
-    """Logits of pair i for the new keys."""
-    rows = pair_rows(group, i)
+    """Logits for the new keys: of each pair, or of all pairs and all rows at once."""
+    together = group.pairs if plan.new_pairs > 0 else 1
     for k in range(len(tile.new)):
         piece = tile.new[k]
+        keys = together * piece.keys
         bank = logits.banks[piece.column // logits.per_bank]
-        for c in range(len(bufs.query)):
-            nisa.nc_matmul(
-                dst=bank[0 : piece.keys, piece.column % logits.per_bank, rows],
-                stationary=new.keys[k][c][:, nl.ds(i * piece.keys, piece.keys)],
-                moving=bufs.query[c][:, rows],
-                accumulate=c > 0,
-            )
+        for i in range(0, group.pairs, together):
+            rows = nl.ds(i * group.rows_per_pair, together * group.rows_per_pair)
+            for c in range(len(bufs.query)):
+                nisa.nc_matmul(
+                    dst=bank[0:keys, piece.column % logits.per_bank, rows],
+                    stationary=new.keys[k][c][:, nl.ds(i * piece.keys, keys)],
+                    moving=bufs.query[c][:, rows],
+                    accumulate=c > 0,
+                )
 
 
 def shape_logits(
@@ -100,7 +111,8 @@ def shape_logits(
     features = plan.features
     for piece in tile.cached + tile.new:
         for span in spans_of(piece, logits):
-            part = logits.banks[span[0]][0 : piece.partitions, nl.ds(span[1], span[2]), :]
+            live = partitions_of(piece, group, plan)
+            part = logits.banks[span[0]][0:live, nl.ds(span[1], span[2]), :]
             if features.has_scales:
                 scale_by_pair(part, piece, consts, group, plan)
             if features.soft_cap != None:  # noqa: E711  (the kernel language has no `is`)

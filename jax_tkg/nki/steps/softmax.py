@@ -7,21 +7,25 @@ from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowGroup
 from jax_tkg.nki.steps.exchange import swap
+from jax_tkg.nki.steps.qk import partitions_of
 from jax_tkg.nki.tiles import KeyTile
 
 
-def cascaded_max_reduce(logits: Logits, group: RowGroup) -> Any:
+def cascaded_max_reduce(logits: Logits, tile: KeyTile, group: RowGroup, plan: KernelPlan) -> Any:
     """The largest logit of each row in a tile, `[128, R]` in PSUM: over columns, then partitions.
 
     Across partitions by a transpose, a reduction of the free axis, and the transpose of the result
     repeated.
     """
-    by_partition = max_over_columns(logits, group)
+    live = 0
+    for piece in tile.cached + tile.new:
+        live = max(live, partitions_of(piece, group, plan))
+    by_partition = max_over_columns(logits, group)[0:live]
     everywhere = nl.ndarray((PARTITIONS, group.rows), nl.float32, buffer=nl.psum)
     for start in range(0, group.rows, PARTITIONS):
         count = min(PARTITIONS, group.rows - start)
         rows = nl.ds(start, count)
-        turned = nl.ndarray((count, PARTITIONS), nl.float32, buffer=nl.psum)
+        turned = nl.ndarray((count, live), nl.float32, buffer=nl.psum)
         nisa.nc_transpose(dst=turned, data=by_partition[:, rows], engine=nisa.engine.tensor)
         largest = nl.ndarray((count, 1), nl.float32, buffer=nl.sbuf)
         nisa.tensor_reduce(dst=largest, op=nl.maximum, data=turned, axis=1)
