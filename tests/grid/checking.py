@@ -29,9 +29,6 @@ from tests.oracle import Array, Inputs
 FORMS = (NkiInterpret(programs=1), NkiInterpret(programs=2))
 """How every row is launched."""
 
-MARGIN = 4096
-"""Slots that a kernel may read beyond the live ones of each sequence, for whole tiles."""
-
 OUT_OF_MEMORY = ("MemoryError", "RESOURCE_EXHAUSTED", "Cannot allocate memory", "bad_alloc")
 
 
@@ -68,20 +65,13 @@ def needed_bytes(case: Case) -> int:
     """About what checking a row takes at its worst.
 
     The cache is there twice, as NumPy array and in its layout, and a third time while that is made.
-    The interpreter keeps all tiles of a launch until its end, with a flag for every byte: keys and
-    values of the slots that the kernel reads, in the type that it computes in, keys a second time
-    turned, logits and weights. In the end one sequence is there in float64, several times.
+    In the end one sequence is there in float64, several times. Of a launch only the tiles in use
+    and the record of the instructions are kept.
     """
     width = case.head_dim + (case.value_head_dim or case.head_dim)
-    slots = case.batch * case.kv_heads * case.capacity
-    cache = slots * width * case.stored.itemsize
+    cache = case.batch * case.kv_heads * case.capacity * width * case.stored.itemsize
     longest = min(case.longest or case.capacity, case.capacity) * case.kv_heads
-    # Lengths grow evenly from next to nothing to the longest; a dense mask is read as a whole.
-    read = case.batch * (longest + case.kv_heads * MARGIN) // 2 if case.rows == "lengths" else slots
-    compute = ml_dtypes.finfo(case.query_dtype).dtype.itemsize
-    rows = case.heads // case.kv_heads * case.tokens
-    tiles = min(read, slots) * (2 * (width + case.head_dim) * compute + 16 * rows)
-    return 2 * cache + max(cache, tiles, 4 * longest * width * 8) + 2**30
+    return 2 * cache + max(cache, 4 * longest * width * 8) + 2**30
 
 
 def expected(given: Inputs) -> Expected:
@@ -159,7 +149,7 @@ def check_row(case: Case, forms: tuple[NkiInterpret, ...] = FORMS) -> Iterator[R
 def _launched(
     case: Case, form: NkiInterpret, call: Call, given: Inputs, wanted: Expected
 ) -> Result:
-    gc.collect()  # a launch is full of circles
+    gc.collect()  # the records of two programs refer to each other
     begin, status, message, instructions = time.perf_counter(), "passed", "", 0
     try:
         out, lse, instructions = run(prepared(call, form), form)

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from jax_tkg.nki.interpreter.dtypes import FLOAT32
 from jax_tkg.nki.interpreter.errors import Source
 from jax_tkg.nki.interpreter.hardware import TRN2, Target
 from jax_tkg.nki.interpreter.launch import Run
 from jax_tkg.nki.interpreter.machine import Options
 from jax_tkg.nki.interpreter.record import Access, Engine, Instruction, Transfer
-from jax_tkg.nki.interpreter.storage import Box, Memory, MemoryRegion, Storage
+from jax_tkg.nki.interpreter.storage import Box, MemoryRegion, Storage
 
 
 def storage(
@@ -18,17 +16,12 @@ def storage(
     region: MemoryRegion = MemoryRegion.sbuf,
     partitions: int = 128,
     row_bytes: int = 4096,
-    memory: Memory | None = None,
     address: tuple[int, int] | None = None,
 ) -> Storage:
-    """A declaration; the bytes themselves are not needed."""
+    """A declaration; there are no bytes."""
     shape = (partitions, row_bytes // 4) if region.is_on_chip else (row_bytes // 4,)
-    made = Storage(
-        region, shape, FLOAT32, name, Source("kernel.py", 1, "kernel"), 0, address, row_bytes,
-        False, np.empty(0, np.uint8), 0, row_bytes, None,
-    )  # fmt: skip
-    made.memory = memory
-    return made
+    declared = Source("kernel.py", 1, "kernel")
+    return Storage(region, shape, FLOAT32, name, declared, 0, address, row_bytes)
 
 
 def hbm(name: str = "hbm", size: int = 1 << 20, *, shared: bool = True) -> Storage:

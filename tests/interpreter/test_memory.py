@@ -274,6 +274,17 @@ def test_capacity_of_sbuf(target: str, limit: int, addressed: str) -> None:
     assert str(limit) in str(error)
 
 
+def test_of_equally_large_tiles_the_first_used_are_named() -> None:
+    def kernel() -> None:
+        tiles = [nl.ndarray((2, 8), nl.float32, name=f"tile{i}") for i in range(24)]
+        write(*tiles)
+        for tile in tiles:
+            use(tile)
+
+    largest = interpreter.run(kernel).memory[0].largest
+    assert [text.split()[0] for text in largest] == [f"tile{i}" for i in range(4)]
+
+
 @pytest.mark.parametrize("addresses", [(None,) * 9, (*range(0, 16 * KIB, 2 * KIB), None)])
 def test_capacity_of_psum(addresses: Any) -> None:
     def kernel(banks: int) -> None:

@@ -16,7 +16,7 @@ from jax_tkg.nki.interpreter.report.constants import CONSTANTS, RUN_EFFICIENCY, 
 from jax_tkg.nki.interpreter.report.costs import Lane, cost, lane, queues_used
 from jax_tkg.nki.interpreter.report.dependences import dependences, written_memories
 from jax_tkg.nki.interpreter.report.simulation import Timed
-from jax_tkg.nki.interpreter.storage import Box, Memory, MemoryRegion
+from jax_tkg.nki.interpreter.storage import Box, MemoryRegion
 from tests.interpreter.hand_built import Program, exchange, hbm, part, run, storage
 
 # trn2, from the architecture guide: cycles to nanoseconds.
@@ -84,9 +84,8 @@ def test_only_shared_bytes_are_waited_for(second: Box, waits: bool) -> None:
 
 @pytest.mark.parametrize(("address", "waits"), [((0, 4095), True), ((0, 4096), False)])
 def test_tensors_at_the_same_address_share_bytes(address: tuple[int, int], waits: bool) -> None:
-    memory = Memory(MemoryRegion.sbuf, 1 << 16, exact=False)
-    a = storage("a", memory=memory, address=(0, 0))
-    b = storage("b", memory=memory, address=address)
+    a = storage("a", address=(0, 0))
+    b = storage("b", address=address)
     p = Program()
     p.compute(Engine.vector, 960, writes=(a,))
     p.compute(Engine.scalar, 1200, writes=(b,))
@@ -516,11 +515,10 @@ programs = st.lists(
 
 def build(plan: list[Any]) -> Program:
     """Instructions on three tensors, two of which share bytes."""
-    memory = Memory(MemoryRegion.sbuf, 64, exact=False)
     places = [
         storage("free", partitions=8, row_bytes=16),
-        storage("low", partitions=8, row_bytes=16, memory=memory, address=(0, 0)),
-        storage("high", partitions=8, row_bytes=16, memory=memory, address=(4, 8)),
+        storage("low", partitions=8, row_bytes=16, address=(0, 0)),
+        storage("high", partitions=8, row_bytes=16, address=(4, 8)),
     ]
     made = Program()
     for engine, sources, (place, box) in plan:

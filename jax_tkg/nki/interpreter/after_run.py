@@ -1,15 +1,16 @@
 """Checks of a finished launch: do the programs agree, did everything fit."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jax_tkg.nki.interpreter.errors import CapacityError, DivergenceError
 from jax_tkg.nki.interpreter.hardware import PSUM_BYTES
-from jax_tkg.nki.interpreter.machine import Core, Machine
+from jax_tkg.nki.interpreter.machine import Core
 from jax_tkg.nki.interpreter.storage import MemoryRegion, Storage
 
 
-def check_programs_agree(machine: Machine) -> None:
+def check_programs_agree(cores: Sequence[Core]) -> None:
     """The programs must declare the same shared tensors and take the same branches on the device.
 
     What Python decides while the kernel is built may differ (`if nl.program_id() == 0:`); what a
@@ -18,13 +19,11 @@ def check_programs_agree(machine: Machine) -> None:
     Raises:
         DivergenceError: if they do not.
     """
-    if machine.num_programs == 1:
+    if len(cores) == 1:
         return
-    declared = [
-        sum(s.region is MemoryRegion.shared_hbm for s in core.storages) for core in machine.cores
-    ]
+    declared = [sum(s.region is MemoryRegion.shared_hbm for s in core.storages) for core in cores]
     if declared[0] != declared[1]:
-        extra = machine.shared[min(declared)]
+        extra = cores[0].machine.shared[min(declared)].storage
         raise DivergenceError(
             "programs.shared-tensor",
             f"program 0 declares {declared[0]} shared_hbm tensors, program 1 {declared[1]}; the "
@@ -32,7 +31,7 @@ def check_programs_agree(machine: Machine) -> None:
             "tensors in the same order.",
             extra.source,
         )
-    for ours, theirs in itertools.zip_longest(*(core.decisions for core in machine.cores)):
+    for ours, theirs in itertools.zip_longest(*(core.decisions for core in cores)):
         if ours != theirs:
             stories = [
                 f"program {i} {d.outcome} at {d.source}" if d else f"program {i} has no such loop"
@@ -56,7 +55,7 @@ class MemoryUse:
         peak_bytes: per partition, of tensors between their first write and last use.
         capacity_bytes: per partition.
         instruction: index of the instruction at the peak.
-        largest: the largest tensors alive then, as text.
+        largest: the largest tensors alive then, as text; of equals those used first.
     """
 
     region: MemoryRegion
@@ -84,10 +83,13 @@ def memory_use(core: Core, region: MemoryRegion) -> MemoryUse:
         + [(last + 1, 0, s) for s, (_, last) in lives.items()],
         key=lambda e: e[:2],
     )
-    alive, own, peak, at = set[Storage](), 0, 0, 0
+    alive, own, peak, at = dict[Storage, None](), 0, 0, 0
     best: list[Storage] = []
     for when, begins, storage in events:
-        (alive.add if begins else alive.discard)(storage)
+        if begins:
+            alive[storage] = None
+        else:
+            del alive[storage]
         if storage.address is None:
             own += storage.row_bytes if begins else -storage.row_bytes
         used = own + _union_bytes([s for s in alive if s.address is not None])
@@ -106,7 +108,7 @@ def _union_bytes(storages: list[Storage]) -> int:
     return total
 
 
-def check_capacity(machine: Machine) -> list[MemoryUse]:
+def check_capacity(cores: Sequence[Core]) -> list[MemoryUse]:
     """The peaks of all memories.
 
     Raises:
@@ -114,12 +116,12 @@ def check_capacity(machine: Machine) -> list[MemoryUse]:
     """
     uses = [
         memory_use(core, region)
-        for core in machine.cores
+        for core in cores
         for region in (MemoryRegion.sbuf, MemoryRegion.psum)
     ]
     for use in uses:
         if use.peak_bytes > use.capacity_bytes:
-            step = machine.cores[use.core].program[use.instruction]
+            step = cores[use.core].program[use.instruction]
             raise CapacityError(
                 f"memory.{use.region.value}-capacity",
                 f"{use.region.value} of program {use.core} would have to hold {use.peak_bytes} "

@@ -31,6 +31,7 @@ from jax_tkg.nki.interpreter.machine import (
 )
 from jax_tkg.nki.interpreter.objects import NKIObject
 from jax_tkg.nki.interpreter.record import Instruction
+from jax_tkg.nki.interpreter.schedule import Schedule
 from jax_tkg.nki.interpreter.storage import MemoryRegion
 from jax_tkg.nki.interpreter.tensor import NkiTensor
 from jax_tkg.nki.interpreter.window import window
@@ -164,7 +165,9 @@ def launch(
             "launch.nested",
             f"a kernel launches {kernel.name}: call it as a function, or launch it from the host.",
         )
-    machine = Machine.create(options, kernel.programs)
+    schedule = Schedule(kernel.programs, options.seed)
+    machine = Machine(options, kernel.programs, schedule)
+    cores = [Core(machine, i) for i in range(kernel.programs)]
     bound = inspect.signature(kernel.function).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = _Arguments(machine, kernel.source)
@@ -178,15 +181,15 @@ def launch(
         with running_on(core):
             return kernel.function(*bound.args, **bound.kwargs)
 
-    results = machine.schedule.run([functools.partial(program, c) for c in machine.cores])
-    check_programs_agree(machine)
-    memory = check_capacity(machine)
+    results = schedule.run([functools.partial(program, core) for core in cores])
+    check_programs_agree(cores)
+    memory = check_capacity(cores)
     outputs = _leave(results[0])
     arguments.update()
     return Run(
         outputs,
         options,
-        tuple(tuple(core.program) for core in machine.cores),
+        tuple(tuple(core.program) for core in cores),
         tuple(memory),
         tuple(machine.captured),
         machine.uninitialized,
@@ -229,7 +232,7 @@ class _Arguments:
     def update(self) -> None:
         """Kernels may write to their arguments: the caller's arrays see it, if writeable."""
         for array, tensor in self.tensors.values():
-            if not tensor.storage.copy_on_write and array.flags.writeable:
+            if not tensor.contents.copy_on_write and array.flags.writeable:
                 array[...] = values(tensor)
 
 
@@ -256,9 +259,9 @@ def _leave(result: Any) -> Any:
             f"returns {result!r}: outputs must be declared with buffer=nl.shared_hbm.",
             result.storage.source,
         )
-    where = window(result)
-    if result.storage.written is not None and not where.flags(result.storage.written).all():
-        missing = np.argwhere(where.flags(result.storage.written) == 0)
+    where, written = window(result), result.contents.written
+    if written is not None and not where.flags(written).all():
+        missing = np.argwhere(where.flags(written) == 0)
         raise UninitializedReadError(
             "memory.output-never-written",
             f"returns {result!r}, of which {len(missing)} elements were never written, the first "

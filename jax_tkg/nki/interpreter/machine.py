@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_tkg.nki.interpreter.contents import Contents, Memory
 from jax_tkg.nki.interpreter.dtypes import DType, as_dtype
 from jax_tkg.nki.interpreter.errors import (
     DivergenceError,
@@ -20,13 +21,7 @@ from jax_tkg.nki.interpreter.hardware import NUM_PARTITIONS, PSUM_BYTES, TRN2, T
 from jax_tkg.nki.interpreter.races import RaceDetector
 from jax_tkg.nki.interpreter.record import Instruction
 from jax_tkg.nki.interpreter.schedule import Schedule
-from jax_tkg.nki.interpreter.storage import (
-    EXACT_SLOT,
-    NEVER_WRITTEN,
-    Memory,
-    MemoryRegion,
-    Storage,
-)
+from jax_tkg.nki.interpreter.storage import MemoryRegion, Storage
 from jax_tkg.nki.interpreter.tensor import NkiTensor
 
 
@@ -65,44 +60,28 @@ class Captured:
 
 @dataclass
 class Machine:
-    """Everything that the programs of one launch share."""
+    """Everything that the programs of one launch share. It does not know its cores: no circles."""
 
     options: Options
     num_programs: int
     schedule: Schedule
     races: RaceDetector = field(default_factory=RaceDetector)
-    shared: list[Storage] = field(default_factory=list)
+    shared: list[Contents] = field(default_factory=list)
     exchanges: dict[Any, Any] = field(default_factory=dict)
     captured: list[Captured] = field(default_factory=list)
     uninitialized: dict[Source, str] = field(default_factory=dict)
-    cores: list["Core"] = field(default_factory=list)
-
-    @classmethod
-    def create(cls, options: Options, num_programs: int) -> "Machine":
-        """A machine with as many cores as programs."""
-        machine = cls(options, num_programs, Schedule(num_programs, options.seed))
-        machine.cores = [Core(machine, i) for i in range(num_programs)]
-        return machine
 
     def hbm_input(self, array: np.ndarray, name: str, source: Source) -> NkiTensor:
         """A kernel argument: the caller's bytes, copied only if the kernel writes to them."""
         dtype = as_dtype(array.dtype)
-        if self.options.exact and dtype.itemsize != 4:
-            storage = _new_hbm(
-                MemoryRegion.shared_hbm, array.shape, dtype, name, source, -1, exact=True
-            )
-            tensor = NkiTensor(array.shape, dtype, storage)
-            steps = [s * dtype.itemsize for s in tensor.strides]
-            storage.array(dtype, 0, 0, array.shape, steps)[...] = array
-            storage.copy_on_write = True
-        else:
-            base = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            storage = Storage(
-                MemoryRegion.shared_hbm, tuple(array.shape), dtype, name, source, -1, None,
-                base.nbytes, False, base, 0, 0, None, copy_on_write=True,
-            )  # fmt: skip
-            tensor = NkiTensor(array.shape, dtype, storage)
-        storage.written = None
+        storage = _in_hbm(MemoryRegion.shared_hbm, array.shape, dtype, name, source, -1)
+        if not self.options.exact or dtype.itemsize == 4:
+            return NkiTensor(array.shape, dtype, Contents.of_caller(storage, array))
+        contents = Contents.new(storage, exact=True)
+        tensor = NkiTensor(array.shape, dtype, contents)
+        steps = [s * dtype.itemsize for s in tensor.strides]
+        contents.array(dtype, 0, 0, array.shape, steps)[...] = array
+        contents.written, contents.copy_on_write = None, True
         return tensor
 
 
@@ -121,13 +100,13 @@ class Core:
     Attributes:
         machine: what it is a part of.
         index: 0 or 1; `nl.program_id`.
-        sbuf, psum: its memories.
         program: the instructions it has issued.
         storages: what its kernel declared, in order.
         decisions: of its loops on the device, in order.
         loops: numbers of the runtime loops it is in, outermost first.
         generators: of random numbers, by engine.
         accumulators: reduction registers of its engines.
+        memories: its SBUF and PSUM.
     """
 
     machine: Machine
@@ -143,7 +122,7 @@ class Core:
         exact = self.machine.options.exact
         self._shared_count, self._names = 0, dict[str, Any]()
         self._loop_of: dict[Storage, tuple[int, ...]] = {}
-        self._memories = {
+        self.memories = {
             MemoryRegion.sbuf: Memory(
                 MemoryRegion.sbuf, self.target.sbuf_usable_bytes, exact=exact
             ),
@@ -174,17 +153,16 @@ class Core:
             )
         self._names[name] = declaration
         if region is MemoryRegion.shared_hbm:
-            storage = self._shared(sizes, kind, name, source)
+            contents = self._shared(sizes, kind, name, source)
         elif region is MemoryRegion.private_hbm:
-            storage = _new_hbm(
-                region, sizes, kind, name or f"private{len(self.storages)}", source, self.index,
-                exact=self.machine.options.exact,
-            )  # fmt: skip
+            name = name or f"private{len(self.storages)}"
+            storage = _in_hbm(region, sizes, kind, name, source, self.index)
+            contents = Contents.new(storage, exact=self.machine.options.exact)
         else:
-            storage = self._on_chip(sizes, kind, region, name, source, address)
-        self.storages.append(storage)
-        self._loop_of[storage] = self.loops
-        return NkiTensor(sizes, kind, storage)
+            contents = self._on_chip(sizes, kind, region, name, source, address)
+        self.storages.append(contents.storage)
+        self._loop_of[contents.storage] = self.loops
+        return NkiTensor(sizes, kind, contents)
 
     def _on_chip(
         self,
@@ -194,48 +172,37 @@ class Core:
         name: str,
         source: Source,
         address: tuple[int, int] | None,
-    ) -> Storage:
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        exact = self.machine.options.exact
+    ) -> Contents:
         if address is not None and address[1] % dtype.itemsize:
             raise NkiValidationError(
                 "memory.alignment",
                 f"address {address} of a {dtype} tensor: the byte must be a multiple of "
                 f"{dtype.itemsize}.",
             )
-        pitch = row_bytes * (EXACT_SLOT if exact else 1)
         storage = Storage(
             region, shape, dtype, name or f"{region.value}{len(self.storages)}", source,
-            self.index, address, row_bytes, exact, np.empty(0, np.uint8), 0, pitch,
-            np.zeros(shape[0] * row_bytes, np.uint8),
+            self.index, address, math.prod(shape[1:]) * dtype.itemsize,
         )  # fmt: skip
-        if region is MemoryRegion.psum:
-            storage.accumulated = np.zeros(shape[0] * row_bytes, np.uint8)
-        if address is None:
-            storage.base = np.full(shape[0] * pitch, NEVER_WRITTEN, np.uint8)
-        else:
-            self._memories[region].place(storage)
-        return storage
+        if address is not None:
+            return Contents.placed(storage, self.memories[region])
+        return Contents.new(storage, exact=self.machine.options.exact)
 
-    def _shared(self, shape: tuple[int, ...], dtype: DType, name: str, source: Source) -> Storage:
+    def _shared(self, shape: tuple[int, ...], dtype: DType, name: str, source: Source) -> Contents:
         """The n-th shared tensor of one program is the n-th of the other."""
         shared, n = self.machine.shared, self._shared_count
         self._shared_count += 1
         if n == len(shared):
-            shared.append(
-                _new_hbm(
-                    MemoryRegion.shared_hbm, shape, dtype, name or f"hbm{n}", source, -1,
-                    exact=self.machine.options.exact,
-                )
-            )  # fmt: skip
-        elif (shared[n].shape, shared[n].dtype) != (shape, dtype):
+            storage = _in_hbm(MemoryRegion.shared_hbm, shape, dtype, name or f"hbm{n}", source, -1)
+            shared.append(Contents.new(storage, exact=self.machine.options.exact))
+        first = shared[n].storage
+        if (first.shape, first.dtype) != (shape, dtype):
             raise DivergenceError(
                 "programs.shared-tensor",
                 f"program {self.index} declares shared_hbm tensor number {n} as {shape} {dtype}, "
-                f"the other as {shared[n].shape} {shared[n].dtype} at {shared[n].source}. All "
-                "programs declare the same shared tensors in the same order.",
+                f"the other as {first.shape} {first.dtype} at {first.source}. All programs "
+                "declare the same shared tensors in the same order.",
                 source,
-                shared[n].source,
+                first.source,
             )
         return shared[n]
 
@@ -267,22 +234,16 @@ def _sizes(shape: Sequence[int], region: MemoryRegion) -> tuple[int, ...]:
     return sizes
 
 
-def _new_hbm(
+def _in_hbm(
     region: MemoryRegion,
     shape: Sequence[int],
     dtype: DType,
     name: str,
     source: Source,
     core: int,
-    *,
-    exact: bool,
 ) -> Storage:
     size = math.prod(shape) * dtype.itemsize
-    base = np.full(size * (EXACT_SLOT if exact else 1), NEVER_WRITTEN, np.uint8)
-    written = np.zeros(size, np.uint8)
-    return Storage(
-        region, tuple(shape), dtype, name, source, core, None, size, exact, base, 0, 0, written
-    )
+    return Storage(region, tuple(shape), dtype, name, source, core, None, size)
 
 
 _current: contextvars.ContextVar[Core] = contextvars.ContextVar("nki_core")

@@ -17,30 +17,54 @@ from jax_tkg.nki.interpreter.errors import DataRaceError, Source
 from jax_tkg.nki.interpreter.storage import Box, Storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """Bytes of a tensor in HBM; all that is kept of a view for later, without the view.
+
+    Attributes:
+        starts: of runs of elements, in bytes.
+        shape: of each.
+        steps: bytes between neighbours on each of its axes.
+        itemsize: bytes an element.
+    """
+
+    starts: np.ndarray | tuple[int, ...]
+    shape: tuple[int, ...]
+    steps: tuple[int, ...]
+    itemsize: int
+
+    def positions(self) -> np.ndarray:
+        """Index of every byte, in the storage."""
+        at = np.asarray(self.starts)
+        for n, step in zip(self.shape, self.steps, strict=True):
+            at = (at[:, None] + np.arange(n) * step).ravel()
+        return np.unique(at[:, None] + np.arange(self.itemsize))
+
+
+@dataclass(frozen=True, slots=True)
 class HbmAccess:
     """One access to shared HBM.
 
     Attributes:
         core: who.
         box: bytes from the first to the last.
-        bytes: makes the positions of all bytes touched; only asked where boxes overlap.
+        touched: all bytes; only asked where boxes overlap.
         source: the kernel's line.
-        changes_nothing: of a write, whether memory holds the values already; None for a read.
+        is_write: or a read.
         clock: the core's clock for the tensor, filled in by the detector.
     """
 
     core: int
     box: Box
-    bytes: Callable[[], np.ndarray]
+    touched: Touched
     source: Source
-    changes_nothing: Callable[[], bool] | None = None
+    is_write: bool
     clock: int = 0
 
     @property
     def verb(self) -> str:
         """What it does."""
-        return "reads" if self.changes_nothing is None else "writes"
+        return "writes" if self.is_write else "reads"
 
     def meets(self, other: "HbmAccess") -> bool:
         """Of two cores, neither ordered before the other, and with a byte in common."""
@@ -48,7 +72,7 @@ class HbmAccess:
             self.core != other.core
             and self.clock == other.clock
             and self.box.overlaps(other.box)
-            and bool(np.intersect1d(self.bytes(), other.bytes()).size)
+            and bool(np.intersect1d(self.touched.positions(), other.touched.positions()).size)
         )
 
 
@@ -79,18 +103,27 @@ class RaceDetector:
         history.clocks[core] += 1
         history.forget_ordered()
 
-    def note(self, storage: Storage, access: HbmAccess) -> None:
+    def note(
+        self,
+        storage: Storage,
+        access: HbmAccess,
+        changes_nothing: Callable[[], bool] | None = None,
+    ) -> None:
         """Remembers an access that is about to happen.
+
+        Args:
+            storage: what is accessed.
+            access: how.
+            changes_nothing: of a write, whether memory holds the values already.
 
         Raises:
             DataRaceError: if it races with an earlier one of another core.
         """
         history = self._histories.setdefault(storage, _History())
         mine = replace(access, clock=history.clocks[access.core])
-        is_write = mine.changes_nothing is not None
-        rivals = history.writes + history.reads if is_write else history.writes
+        rivals = history.writes + history.reads if mine.is_write else history.writes
         other = next((a for a in rivals if mine.meets(a)), None)
-        if other is not None and not (mine.changes_nothing and mine.changes_nothing()):
+        if other is not None and not (changes_nothing and changes_nothing()):
             raise DataRaceError(
                 "programs.data-race",
                 f"program {mine.core} {mine.verb} {storage.name}, program {other.core} "
@@ -100,4 +133,4 @@ class RaceDetector:
                 mine.source,
                 other.source,
             )
-        (history.writes if is_write else history.reads).append(mine)
+        (history.writes if mine.is_write else history.reads).append(mine)

@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jax_tkg.nki.interpreter.errors import Source
 from jax_tkg.nki.interpreter.storage import Box, Storage
@@ -19,8 +20,7 @@ class Engine(enum.Enum):
     sync = 6
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """Bytes of a storage that an instruction touched: the smallest box around them."""
 
     storage: Storage
@@ -31,10 +31,8 @@ class Access:
         if self.storage is other.storage:
             return self.box.overlaps(other.box)
         mine, theirs = self.storage, other.storage
-        if mine.memory is None or mine.memory is not theirs.memory:
+        if mine.address is None or theirs.address is None or mine.memory != theirs.memory:
             return False
-        assert mine.address is not None
-        assert theirs.address is not None
         return self.box.moved(*mine.address).overlaps(other.box.moved(*theirs.address))
 
 
@@ -59,7 +57,7 @@ class Transfer:
     software_dge: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Instruction:
     """One instruction of one core.
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jax_tkg.nki.interpreter.dtypes import FLOAT32, DType, convert
+from jax_tkg.nki.interpreter.dtypes import FLOAT32, DType, convert, to_float32
 from jax_tkg.nki.interpreter.errors import NkiValidationError, kernel_line
 from jax_tkg.nki.interpreter.hardware import QUADRANT
 from jax_tkg.nki.interpreter.machine import Captured, Core, current_core
@@ -121,8 +121,7 @@ class Step:
         """The elements as they are stored, a view of the shape of the tensor; noted as read."""
         where = self.where(tensor)
         self.check_written(where)
-        storage = tensor.storage
-        storage.check_alive(where.box, where.flags)
+        tensor.contents.check_alive(where.box, where.flags)
         self.note_read(where)
         return where.array()
 
@@ -161,8 +160,7 @@ class Step:
         if tensor.dtype.is_packed:
             self.refuse("packed", f"{tensor!r}: no arithmetic on packed types; copies and MX only.")
         values = self.raw(tensor)
-        flat = values.reshape(values.shape[0], -1)
-        return flat if flat.dtype == np.float32 else flat.astype(np.float32)
+        return to_float32(values.reshape(values.shape[0], -1))
 
     def bits(self, tensor: NkiTensor) -> np.ndarray:
         """The elements as they are stored, `[partitions, elements]`."""
@@ -177,7 +175,7 @@ class Step:
         """Writes values, rounded once to the type of the tensor; any shape of as many elements."""
         where = self.where(tensor)
         self.check_destination(tensor)
-        tensor.storage.own_bytes()
+        tensor.contents.own_bytes()
         if values.dtype.kind == "V" or not tensor.dtype.is_packed:
             values = convert(values, tensor.dtype, exact=self.exact)
         memory, shaped = where.array(), values.reshape(tensor.shape)
@@ -195,11 +193,14 @@ class Step:
 
     def wrote(self, where: Window, *, accumulated: bool = False) -> None:
         """After the values of a write are in place: what memory holds now."""
-        storage = where.tensor.storage
+        contents = where.tensor.contents
         where.mark_written()
-        if storage.accumulated is not None:
-            where.flags(storage.accumulated)[...] = 0xFF if accumulated else 0
-        storage.note_write(where.box, where.flags, self.record.source, is_dense=where.is_dense)
+        if contents.accumulated is not None:
+            where.flags(contents.accumulated)[...] = 0xFF if accumulated else 0
+        if contents.storage.address is not None:
+            self.core.memories[contents.storage.region].note_write(
+                contents, where.box, where.flags, self.record.source, is_dense=where.is_dense
+            )
         self._capture(where.tensor)
 
     def _note_shared(
@@ -207,19 +208,17 @@ class Step:
     ) -> None:
         machine, storage = self.core.machine, where.tensor.storage
         if machine.num_programs > 1 and storage.core == -1:
-            machine.races.note(
-                storage,
-                HbmAccess(
-                    self.core.index, where.box, where.byte_positions, self.record.source,
-                    changes_nothing,
-                ),
+            access = HbmAccess(
+                self.core.index, where.box, where.touched, self.record.source,
+                is_write=changes_nothing is not None,
             )  # fmt: skip
+            machine.races.note(storage, access, changes_nothing)
 
     def _capture(self, tensor: NkiTensor) -> None:
         machine, name = self.core.machine, tensor.storage.name
         wanted = machine.options.capture
         if wanted and (name in wanted or "*" in wanted):
-            whole = NkiTensor(tensor.storage.shape, tensor.storage.dtype, tensor.storage)
+            whole = NkiTensor(tensor.storage.shape, tensor.storage.dtype, tensor.contents)
             values = window(whole).array().copy()
             machine.captured.append(Captured(self.core.index, name, self.record, values))
 

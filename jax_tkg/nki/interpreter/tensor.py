@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax_tkg.nki.interpreter.contents import Contents
 from jax_tkg.nki.interpreter.dtypes import DType, as_dtype
 from jax_tkg.nki.interpreter.errors import NkiValidationError, OutOfBoundsError
 from jax_tkg.nki.interpreter.objects import NKIObject
-from jax_tkg.nki.interpreter.storage import MemoryRegion, Storage
+from jax_tkg.nki.interpreter.storage import MemoryRegion
 from jax_tkg.nki.interpreter.strides import complete, reshape_strides, row_major
 
 
@@ -54,7 +55,7 @@ class NkiTensor(NKIObject):
         self,
         shape: Sequence[int],
         dtype: Any,
-        storage: Storage,
+        contents: Contents,
         buffer: Any = None,
         name: str = "",
         *,
@@ -64,9 +65,10 @@ class NkiTensor(NKIObject):
     ) -> None:
         self.shape = tuple(shape)
         self.dtype: DType = as_dtype(dtype)
-        self.storage = storage
-        self.buffer: MemoryRegion = storage.region
-        self.name = name or storage.name
+        self.contents, self.storage = contents, contents.storage
+        self.buffer: MemoryRegion = self.storage.region
+        self.is_on_chip = self.buffer.is_on_chip
+        self.name = name or self.storage.name
         self.strides = row_major(self.shape) if strides is None else tuple(strides)
         self.offset = offset
         self.indirect_offset = indirect
@@ -80,11 +82,6 @@ class NkiTensor(NKIObject):
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-    @property
-    def is_on_chip(self) -> bool:
-        """In SBUF or PSUM."""
-        return self.buffer.is_on_chip
 
     @property
     def row_elements(self) -> int:
@@ -136,7 +133,7 @@ class NkiTensor(NKIObject):
         return NkiTensor(
             shape,
             dtype or self.dtype,
-            self.storage,
+            self.contents,
             name=self.name,
             strides=strides,
             offset=self.offset if offset is None else offset,
@@ -233,13 +230,14 @@ class NkiTensor(NKIObject):
         keys += [slice(None)] * (self.ndim - len(keys))
         view = self
         for dim in reversed(range(self.ndim)):
-            view = view._index(dim, keys[dim])
+            if keys[dim] != slice(None):
+                view = view._index(dim, keys[dim])
         return view
 
     def _index(self, dim: int, key: Any) -> "NkiTensor":
         if isinstance(key, slice):
             start, stop, step = key.start, key.stop, key.step
-            if all(_is_static(x) for x in (start, stop, step) if x is not None):
+            if all(x is None or _is_static(x) for x in (start, stop, step)):
                 given = slice(*(None if x is None else int(x) for x in (start, stop, step)))
                 if stop is not None and int(stop) > self.shape[dim]:
                     raise OutOfBoundsError(
@@ -393,7 +391,7 @@ class NkiTensor(NKIObject):
         same_bits = self.dtype.itemsize == dtype.itemsize and (
             dtype.itemsize == 4 or not (self.dtype.is_float or dtype.is_float)
         )
-        if self.storage.exact and dtype != self.dtype and not same_bits:
+        if self.contents.exact and dtype != self.dtype and not same_bits:
             raise _refuse(
                 "dtype", f"{self!r} as {dtype}: exact mode has no bits to be read as another type."
             )
@@ -438,7 +436,7 @@ class NkiTensor(NKIObject):
             if is_vector:
                 strides = (0, *strides[1:])
         view = NkiTensor(
-            shape, kind, self.storage, name=self.name, strides=strides,
+            shape, kind, self.contents, name=self.name, strides=strides,
             offset=self._in_elements_of(kind, self.offset) + (offset or 0), indirect=indirect,
         )  # fmt: skip
         if self.is_on_chip and shape[0] > 1 and strides[0] != view.row_elements:

@@ -3,21 +3,22 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_tkg.nki.interpreter.contents import all_set
 from jax_tkg.nki.interpreter.errors import (
     NkiValidationError,
     OutOfBoundsError,
     UninitializedReadError,
 )
+from jax_tkg.nki.interpreter.races import Touched
 from jax_tkg.nki.interpreter.storage import Box
 from jax_tkg.nki.interpreter.tensor import NkiTensor
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """The bytes of a view whose run-time offset, if any, is known.
 
     Attributes:
@@ -36,12 +37,12 @@ class Window:
     def array(self) -> np.ndarray:
         """The elements, as a NumPy view."""
         t = self.tensor
-        return t.storage.array(t.dtype, self.partition, self.byte, t.shape, self.steps)
+        return t.contents.array(t.dtype, self.partition, self.byte, t.shape, self.steps)
 
     def flags(self, which: np.ndarray) -> np.ndarray:
         """The elements' entries of a byte map."""
         t = self.tensor
-        return t.storage.flags(
+        return t.contents.flags(
             which, t.dtype.itemsize, self.partition, self.byte, t.shape, self.steps
         )
 
@@ -51,18 +52,17 @@ class Window:
         box, size = self.box, self.tensor.size * self.tensor.dtype.itemsize
         return (box.p1 - box.p0) * (box.b1 - box.b0) == size
 
-    def byte_positions(self) -> np.ndarray:
-        """Index of every byte touched, in the storage; for HBM."""
-        starts = np.array([self.byte])
-        for n, step in zip(self.tensor.shape, self.steps, strict=True):
-            starts = (starts[:, None] + np.arange(n) * step).ravel()
-        return np.unique(starts[:, None] + np.arange(self.tensor.dtype.itemsize))
+    @property
+    def touched(self) -> Touched:
+        """All bytes, of a tensor in HBM."""
+        t = self.tensor
+        return Touched((self.byte,), t.shape, self.steps, t.dtype.itemsize)
 
     def check_written(self) -> None:
         """Refuses to read bytes that nobody wrote."""
         if self.is_written():
             return
-        t, written = self.tensor, self.tensor.storage.written
+        t, written = self.tensor, self.tensor.contents.written
         assert written is not None
         missing = np.argwhere(~_all_bytes(self.flags(written)))[0]
         raise UninitializedReadError(
@@ -74,7 +74,7 @@ class Window:
 
     def is_written(self, kept: np.ndarray | None = None) -> bool:
         """Whether all elements were written, or those of a `[partitions, elements]` choice."""
-        written = self.tensor.storage.written
+        written = self.tensor.contents.written
         if written is None:
             return True
         whole = _all_bytes(self.flags(written))
@@ -82,25 +82,25 @@ class Window:
 
     def mark_written(self) -> None:
         """Notes that these bytes hold values."""
-        storage = self.tensor.storage
-        if storage.written is None:
+        storage, contents = self.tensor.storage, self.tensor.contents
+        if contents.written is None:
             return
         whole = self.box.b1 - self.box.b0 == storage.row_bytes and (
             self.box.p1 - self.box.p0 == storage.partitions
         )
         size = self.tensor.size * self.tensor.dtype.itemsize
-        if whole and size == storage.partitions * storage.row_bytes:
-            storage.written = None  # all of it, each element once: strides of 0 are refused
+        if whole and size == storage.size:
+            contents.written = None  # all of it, each element once: strides of 0 are refused
             return
-        flags = self.flags(storage.written)
-        flags[...] = np.iinfo(flags.dtype).max
-        if whole and storage.written.all():
-            storage.written = None
+        flags = self.flags(contents.written)
+        flags[...] = all_set(flags)
+        if whole and contents.written.all():
+            contents.written = None
 
 
 def _all_bytes(flags: np.ndarray) -> np.ndarray:
     """Which elements have the flags of all their bytes set."""
-    return flags == np.iinfo(flags.dtype).max
+    return flags == all_set(flags)
 
 
 def window(tensor: NkiTensor, extra: int = 0) -> Window:
@@ -117,9 +117,12 @@ def window(tensor: NkiTensor, extra: int = 0) -> Window:
     if first_free:
         partition, start = divmod(start, tensor.row_elements)
     start += extra  # a run-time index moves within the partition
-    reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
-    last = start + sum(max(r, 0) for r in reach)
-    lowest = start + sum(min(r, 0) for r in reach)
+    last = lowest = start
+    for n, stride in zip(shape, strides, strict=True):
+        if stride >= 0:
+            last += (n - 1) * stride
+        else:
+            lowest += (n - 1) * stride
     partitions = tensor.shape[0] if first_free else 1
     if (
         lowest < 0
@@ -207,11 +210,11 @@ class ChosenRows:
 
     def all_values(self) -> np.ndarray:
         """Every row, a view of memory."""
-        return self._all(self.tensor.storage.array, self.tensor.dtype)
+        return self._all(self.tensor.contents.array, self.tensor.dtype)
 
     def all_flags(self, which: np.ndarray) -> np.ndarray:
         """Every row's entries of a byte map."""
-        return self._all(self.tensor.storage.flags, which, self.tensor.dtype.itemsize)
+        return self._all(self.tensor.contents.flags, which, self.tensor.dtype.itemsize)
 
     def restricted(self, which: np.ndarray) -> "ChosenRows":
         """With fewer rows inside."""
@@ -227,15 +230,13 @@ class ChosenRows:
         size = t.dtype.itemsize
         return Box(0, 1, int(starts.min()) * size, (int(starts.max()) + reach + 1) * size)
 
-    def byte_positions(self) -> np.ndarray:
-        """Index of every byte touched, in the storage."""
-        t, indirect = self.tensor, self.tensor.indirect_offset
+    @property
+    def touched(self) -> Touched:
+        """All bytes of the rows inside."""
+        t, indirect, size = self.tensor, self.tensor.indirect_offset, self.tensor.dtype.itemsize
         assert indirect is not None
-        at = t.offset + self.rows[self.inside] * indirect.stride
-        for n, stride in zip(t.shape[1:], t.strides[1:], strict=True):
-            at = (at[:, None] + np.arange(n) * stride).ravel()
-        size = t.dtype.itemsize
-        return np.unique(at[:, None] * size + np.arange(size))
+        starts = (t.offset + self.rows[self.inside] * indirect.stride) * size
+        return Touched(starts, t.shape[1:], tuple(s * size for s in t.strides[1:]), size)
 
 
 def chosen_rows(tensor: NkiTensor) -> ChosenRows:

@@ -89,7 +89,7 @@ def tensor_copy_predicated(
     result = where.array().reshape(chosen.shape).copy()
     if not chosen.all():
         step.check_written(where, ~chosen)
-        dst.storage.check_alive(where.box, where.flags)
+        dst.contents.check_alive(where.box, where.flags)
         step.note_read(where)
     if isinstance(src, NkiTensor):
         np.copyto(result, step.bits(src), where=chosen)

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_tkg.nki.interpreter.dtypes import INT32, UINT32, convert
+from jax_tkg.nki.interpreter.contents import all_set
+from jax_tkg.nki.interpreter.dtypes import INT32, UINT32, convert, to_float32
 from jax_tkg.nki.interpreter.errors import OutOfBoundsError, UninitializedReadError
 from jax_tkg.nki.interpreter.record import Engine, Transfer
 from jax_tkg.nki.interpreter.step import PSUM, SBUF, Step, instruction
@@ -127,7 +128,7 @@ def source_values(
     if not _has_vector_offset(src):
         return step.raw(src), None
     chosen = _rows(step, src, oob)
-    inside, written = chosen.inside, src.storage.written
+    inside, written = chosen.inside, src.contents.written
     if written is not None and not chosen.all_flags(written)[chosen.rows[inside]].all():
         _note_unwritten(step, src)
     if inside.any():
@@ -157,7 +158,7 @@ def _scatter(
     rows = chosen.rows[chosen.inside]
     if not rows.size:
         return
-    dst.storage.own_bytes()
+    dst.contents.own_bytes()
     new = _rounded(step, dst, values)
     if not dst.dtype.is_packed:
         new = convert(new, dst.dtype, exact=step.exact)
@@ -165,15 +166,15 @@ def _scatter(
     memory = chosen.all_values()
     step.note_write(chosen, lambda: np.array_equal(memory[rows], new))
     memory[rows] = new
-    if dst.storage.written is not None:
-        flags = chosen.all_flags(dst.storage.written)
-        flags[rows] = np.iinfo(flags.dtype).max
+    if dst.contents.written is not None:
+        flags = chosen.all_flags(dst.contents.written)
+        flags[rows] = all_set(flags)
 
 
 def _rounded(step: Step, dst: NkiTensor, values: np.ndarray) -> np.ndarray:
     """DMA converts through float32; the same type is copied bit by bit."""
-    same = values.dtype == dst.storage.numpy_dtype(dst.dtype)
-    return values if same else values.astype(np.float32)
+    same = values.dtype == dst.contents.numpy_dtype(dst.dtype)
+    return values if same else to_float32(values)
 
 
 def transfer(dst: NkiTensor, src: NkiTensor, *, software_dge: bool = False) -> Transfer:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_tkg.nki.interpreter.alu import OPS
+from jax_tkg.nki.interpreter.dtypes import to_float32
 from jax_tkg.nki.interpreter.isa.dma import (
     check_memory,
     oob_mode,
@@ -53,7 +54,7 @@ def dma_compute(
     total, rows = np.zeros(dst.shape, np.float32), None
     for tensor in tensors:
         values, inside = source_values(step, tensor, oob_mode)
-        total += values.astype(np.float32).reshape(dst.shape)
+        total += to_float32(values).reshape(dst.shape)
         rows = inside if rows is None else rows
     store_values(step, dst, total, rows, oob_mode)
 

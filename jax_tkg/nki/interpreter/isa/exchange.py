@@ -34,12 +34,13 @@ class _Offer:
 def _meet(step: Step, kind: str, key: Any, offer: _Offer, what: str) -> _Offer:
     """Waits for the other program's offer to the same meeting, and returns it.
 
-    The n-th exchange of a kind on one key meets the other program's n-th.
+    The n-th exchange of a kind on one key meets the other program's n-th: who comes first waits, so
+    that a meeting that is there already is the other's.
     """
     core, machine = step.core, step.core.machine
-    counts = machine.exchanges.setdefault((kind, "count", key), [0, 0])
-    meeting: dict[int, _Offer] = machine.exchanges.setdefault((kind, key, counts[core.index]), {})
-    counts[core.index] += 1
+    meeting: dict[int, _Offer] | None = machine.exchanges.pop((kind, key), None)
+    if meeting is None:
+        meeting = machine.exchanges[kind, key] = {}
     meeting[core.index] = offer
     other = 1 - core.index
     machine.schedule.wait(core.index, lambda: other in meeting, what)

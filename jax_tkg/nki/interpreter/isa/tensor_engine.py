@@ -215,8 +215,8 @@ def accumulate_product(
 ) -> None:
     """Overwrites or adds, as told or, if not told, depending on what the location holds."""
     step.check_destination(dst)
-    assert dst.storage.accumulated is not None
-    holds = where.flags(dst.storage.accumulated) != 0
+    assert dst.contents.accumulated is not None
+    holds = where.flags(dst.contents.accumulated) != 0
     if accumulate and not holds.all():
         raise UninitializedReadError(
             "nc_matmul.accumulate",
@@ -229,7 +229,7 @@ def accumulate_product(
     if accumulate is False or not holds.any():
         target[...] = shaped
     else:
-        dst.storage.check_alive(where.box, where.flags)
+        dst.contents.check_alive(where.box, where.flags)
         step.note_read(where)
         with np.errstate(all="ignore"):
             target[...] = np.where(holds, target + shaped, shaped)
@@ -258,8 +258,8 @@ def nc_transpose(
             step.refuse("size", f"data {data!r}: at most 128 x 128 on the Tensor engine.")
         where = psum_destination(step, dst)
         step.put(dst, step.bits(data).T)
-        assert dst.storage.accumulated is not None
-        where.flags(dst.storage.accumulated)[...] = 0xFF
+        assert dst.contents.accumulated is not None
+        where.flags(dst.contents.accumulated)[...] = 0xFF
         step.runs_on(Engine.tensor, max(p, min(FIXED_CYCLES, f)), p, macs=p * p * f)
         return
     if engine is not Engine.vector:

@@ -96,7 +96,7 @@ def _uncovered(uses: _Uses, box: Box) -> _Uses:
 def _place(access: Access) -> tuple[Hashable, Box]:
     """The memory an access lies in, and its box there."""
     storage = access.storage
-    if storage.memory is None or storage.address is None:
+    if storage.address is None:
         return storage, access.box
     return storage.memory, access.box.moved(*storage.address)
 
