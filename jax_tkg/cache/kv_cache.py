@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jax_tkg import _pytrees
 from jax_tkg._typing import Array, Bool, Int, Leaf, Num
 from jax_tkg.cache import sharded
 from jax_tkg.cache.checks import boolean_per_row, check_new_tokens, check_sizes, integer_per_row
@@ -25,7 +26,7 @@ from jax_tkg.masks import NO_POSITION
 from jax_tkg.sharding.spec import AttentionSharding
 
 register_cache = partial(
-    jax.tree_util.register_dataclass,
+    _pytrees.register,
     data_fields=["kv", "lengths", "starts"],
     meta_fields=["sharding"],
 )

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_tkg import _pytrees
 from jax_tkg._typing import Array, Bool, Float, Int, Leaf, Num
 from jax_tkg.cache import storage
 from jax_tkg.cache.axes import (
@@ -33,7 +33,7 @@ _META_FIELDS = frozenset({"dtype"})
 def register_layout(cls: type) -> type:
     """Makes a layout dataclass a pytree whose `dtype` is static."""
     names = [f.name for f in fields(cls)]
-    return jax.tree_util.register_dataclass(
+    return _pytrees.register(
         cls,
         data_fields=[n for n in names if n not in _META_FIELDS],
         meta_fields=[n for n in names if n in _META_FIELDS],
