@@ -6,8 +6,9 @@
 
 The model writes a given letter again to someone else, so that most of what comes next stands in its
 prompt: drafts are looked up there, without a second model. The text is written both ways in one
-run, must be the same, and both are timed, in turns. `--adaptive` drafts while that pays. Needs the
-`models` extra; the model file (93 MB) is fetched on first use.
+run, must be the same, and both are timed, in turns. `--adaptive` drafts while that pays, by what a
+step of either way takes here. Needs the `models` extra; the model file (93 MB) is fetched on first
+use.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 import jax_tkg
 from jax_tkg.flax_layers import decoder_from_gguf
-from jax_tkg.generation import Adaptive, Generated, PromptLookup
+from jax_tkg.generation import Adaptive, Generated, PromptLookup, step_times
 from jax_tkg.models import Tokenizer, read_gguf, smollm2_path
 
 TEXT = """\
@@ -50,17 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = Tokenizer(gguf.tokenizer_metadata)
     model = decoder_from_gguf(gguf, dtype=jnp.dtype(args.dtype))
     prompt = tokenizer.encode(PROMPT)
+    options = {"steps_per_call": 4, "cache_options": {"dtype": args.dtype}}
     plain = partial(
         jax_tkg.generate,
         model,
         [prompt],
         max_new_tokens=args.new_tokens,
         eos_ids=tokenizer.eos_ids,
-        steps_per_call=4,
-        cache_options={"dtype": args.dtype},
+        **options,
     )
     lookup = PromptLookup(max_tokens=args.max_tokens, ngram=args.ngram)
-    speculate = Adaptive(lookup) if args.adaptive else lookup
+    speculate: Adaptive | PromptLookup = lookup
+    if args.adaptive:
+        times = step_times(model, [prompt], lookup, **options)
+        print(times, end="\n\n")
+        speculate = Adaptive(lookup, break_even=times.break_even)
     ways = {"plain": plain, "speculative": partial(plain, speculate=speculate)}
     results = {name: generate() for name, generate in ways.items()}  # compiles
     seconds: dict[str, float] = dict.fromkeys(ways, float("inf"))

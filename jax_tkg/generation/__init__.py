@@ -2,7 +2,8 @@
 
 `generate` returns all tokens, `stream` hands them out as they come, `show` prints a stream with its
 speed. `prefill_chunk`, `decode` and `decode_step` are the compiled parts they are made of;
-`decode_speculatively` is the loop that verifies several drafts a step; `Adaptive` says when.
+`decode_speculatively` is the loop that verifies several drafts a step; `Adaptive` says when, by
+what `step_times` measures.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,9 @@ from jax_tkg.generation.draft_model import DraftModel
 from jax_tkg.generation.drafts import Drafter, Drafts, PromptLookup
 from jax_tkg.generation.loop import (
     DecodeState,
-    TokenPolicy,
     decode,
     decode_scored,
     decode_step,
-    portable_key,
     prefill,
     prefill_chunk,
     token_log_probs,
@@ -30,6 +29,8 @@ from jax_tkg.generation.model import (
     scoring_pytree,
     truncate_caches,
 )
+from jax_tkg.generation.policy import TokenPolicy, portable_key
+from jax_tkg.generation.prompts import PaddedPrompts, pad_prompts
 from jax_tkg.generation.results import Acceptance, Generated
 from jax_tkg.generation.speculation import (
     Emitted,
@@ -38,6 +39,7 @@ from jax_tkg.generation.speculation import (
     decode_undrafted,
     speculative_step,
 )
+from jax_tkg.generation.timing import StepTimes, step_times
 from jax_tkg.generation.verification import DistributionSelector
 
 if TYPE_CHECKING:
@@ -55,11 +57,13 @@ __all__ = [
     "Emitted",
     "Generated",
     "Pace",
+    "PaddedPrompts",
     "PausableDrafter",
     "PromptLookup",
     "ScoringModel",
     "SpeculativeState",
     "Speed",
+    "StepTimes",
     "TokenPolicy",
     "as_pytree",
     "decode",
@@ -69,12 +73,14 @@ __all__ = [
     "decode_undrafted",
     "generate",
     "last_real",
+    "pad_prompts",
     "portable_key",
     "prefill",
     "prefill_chunk",
     "scoring_pytree",
     "show",
     "speculative_step",
+    "step_times",
     "stream",
     "token_log_probs",
     "truncate_caches",

@@ -9,9 +9,9 @@ accepted counts give the same choices, so that a seed reproduces a run.
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jax_tkg._checks import described, real_number, whole_number
+from jax_tkg._checks import real_number, whole_number
 from jax_tkg._typing import Array, Int
-from jax_tkg.generation.drafts import Drafter
+from jax_tkg.generation.drafts import Drafter, check_drafter
 
 
 @runtime_checkable
@@ -44,9 +44,9 @@ class Adaptive:
     it is tried again. Each try in a row that fails doubles the pause, up to `longest_pause`; one
     that succeeds resets it and begins the next window.
 
-    A step with drafts costs the same whatever is accepted, so `break_even` is the time of a pass
-    over `max_tokens + 1` tokens a row divided by that of a pass over one: of the model and the
-    machine, measured beforehand (docs/generation.md says how). 1 never pauses.
+    A step with drafts costs the same whatever is accepted, so `break_even` is the time of a step
+    with drafts divided by that of one without: of the model, its dtype, the batch and the machine.
+    `jax_tkg.generation.step_times` measures both. 1 never pauses.
 
     Attributes:
         drafter: makes the drafts, such as `PromptLookup()`.
@@ -68,11 +68,7 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         """Validates the fields."""
-        if isinstance(self.drafter, type) or not isinstance(self.drafter, Drafter):
-            raise TypeError(
-                "Adaptive: drafter must be PromptLookup(), DraftModel(model) or another Drafter of "
-                f"jax_tkg.generation, got {described(self.drafter)}."
-            )
+        check_drafter("Adaptive: drafter", self.drafter)
         if real_number("Adaptive: break_even", self.break_even) < 1:
             raise ValueError(
                 "Adaptive: a step gives at least one token, so break_even must be at least 1, got "

@@ -6,19 +6,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_tkg._checks import LAST_ID, boolean, described, token_ids, whole_number
+from jax_tkg._checks import boolean, token_ids, whole_number
 from jax_tkg._typing import Array, Key
 from jax_tkg.generation.adaptive import Adaptive
-from jax_tkg.generation.drafts import Drafter
-from jax_tkg.generation.loop import TokenPolicy, portable_key
+from jax_tkg.generation.drafts import Drafter, check_drafter
 from jax_tkg.generation.model import (
     DecodeModel,
     as_pytree,
+    check_cache_options,
     check_truncation,
     scoring_pytree,
     vocabulary_of,
 )
-from jax_tkg.generation.prompts import PromptLengths, Prompts, bucket, pad_prompts
+from jax_tkg.generation.policy import TokenPolicy, portable_key
+from jax_tkg.generation.prompts import PromptLengths, Prompts, bucket, check_room, pad_prompts
 from jax_tkg.generation.results import Collected, Generated
 from jax_tkg.generation.runs import Decoding, Plain, Request, Speculative
 from jax_tkg.generation.verification import check_selector
@@ -94,7 +95,7 @@ def generate(
     if steps_per_call is None:
         most = whole_number("max_new_tokens", max_new_tokens, least=1)
         steps_per_call = max(most - 1, 1) if speculate is None else SPECULATIVE_STEPS
-    request, decoding = _prepare(
+    request, decoding = prepare(
         model,
         prompts,
         prompt_lengths,
@@ -158,7 +159,7 @@ def stream(
         TypeError: as `generate`.
         ValueError: as `generate`.
     """
-    request, decoding = _prepare(
+    request, decoding = prepare(
         model,
         prompts,
         prompt_lengths,
@@ -185,7 +186,7 @@ def _columns(request: Request, decoding: Decoding) -> Iterator[np.ndarray]:
         given = collected.complete
 
 
-def _prepare(
+def prepare(
     model: DecodeModel,
     given: Prompts,
     prompt_lengths: PromptLengths,
@@ -200,25 +201,17 @@ def _prepare(
     with_log_probs: bool,
     **sizes: int,
 ) -> tuple[Request, Decoding]:
+    """Checks the arguments of `generate`, by the same names, and says how to decode."""
     vocab_size = vocabulary_of(model)
     prompts = pad_prompts(given, prompt_lengths, vocab_size)
-    policy = _policy(selector, token_ids("eos_ids", eos_ids, vocab_size), pad_id)
+    policy = TokenPolicy(selector, token_ids("eos_ids", eos_ids, vocab_size), pad_id)
     sizes = {name: whole_number(name, size, least=1) for name, size in sizes.items()}
-    if cache_options is not None and not isinstance(cache_options, Mapping):
-        raise TypeError(
-            "cache_options must be keywords of the model's init_caches, such as {'dtype': "
-            f"jnp.bfloat16}}; got {described(cache_options)}."
-        )
-    # The last token is never appended, nor are those of a call that runs past the end.
-    needed = prompts.longest + sizes["max_new_tokens"] - 1
+    check_cache_options(cache_options)
+    longest, most = prompts.longest, sizes["max_new_tokens"]
     if capacity is None:
-        capacity = bucket(max(needed, sizes["prefill_chunk"]))
-    if whole_number("capacity", capacity, least=1) < needed:
-        raise ValueError(
-            f"the longest prompt has {prompts.longest} tokens and max_new_tokens is "
-            f"{sizes['max_new_tokens']}: that needs a capacity of {needed}, got {capacity}. "
-            "Leave capacity out to have it chosen."
-        )
+        capacity = bucket(max(longest + most - 1, sizes["prefill_chunk"]))
+    capacity = whole_number("capacity", capacity, least=1)
+    check_room(longest, most, capacity, " Leave capacity out to have it chosen.")
     if policy.selector.needs_key:
         key = portable_key(jax.random.key(0, impl="unsafe_rbg") if key is None else key)
     else:
@@ -242,11 +235,7 @@ def _prepare(
 
 
 def _check_speculation(request: Request, drafter: Drafter) -> None:
-    if isinstance(drafter, type) or not isinstance(drafter, Drafter):
-        raise TypeError(
-            "speculate must be PromptLookup(), DraftModel(model) or another Drafter of "
-            f"jax_tkg.generation, or Adaptive(drafter); got {described(drafter)}."
-        )
+    check_drafter("speculate", drafter, request.model, also=", or Adaptive(drafter)")
     check_selector(request.policy.selector)
     batch = len(request.prompts.lengths)
     if request.capacity <= drafter.max_tokens:
@@ -255,21 +244,3 @@ def _check_speculation(request: Request, drafter: Drafter) -> None:
             f"cache of capacity {request.capacity}: leave capacity out, or draft fewer."
         )
     check_truncation(request.model, batch, request.capacity, request.cache_options)
-
-
-def _policy(selector: TokenSelector, eos_ids: Iterable[int], pad_id: int) -> TokenPolicy:
-    if isinstance(selector, type) or not isinstance(selector, TokenSelector):
-        raise TypeError(
-            "selector must be Greedy(), Sample(...) or another TokenSelector of jax_tkg, got "
-            f"{described(selector)}."
-        )
-    try:
-        hash(selector)
-    except TypeError:
-        raise TypeError(
-            f"selector is static in compiled programs, and {type(selector).__name__} has no hash: "
-            "make it a frozen dataclass of hashable fields."
-        ) from None
-    pad = whole_number("pad_id", pad_id, least=-LAST_ID, most=LAST_ID)
-    # Sorted and without repetition, so that equal sets are one static argument.
-    return TokenPolicy(selector, tuple(sorted(set(eos_ids))), pad)

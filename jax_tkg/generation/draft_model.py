@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_tkg._checks import whole_number
+from jax_tkg._checks import described, whole_number
 from jax_tkg._typing import Array, Bool, Float, Int, Key, Leaf
 from jax_tkg.generation.drafts import Drafts
 from jax_tkg.generation.loop import prefill
-from jax_tkg.generation.model import DecodeModel, as_pytree, is_nnx_module, truncate_caches
+from jax_tkg.generation.model import (
+    DecodeModel,
+    as_pytree,
+    is_nnx_module,
+    truncate_caches,
+    vocabulary_of,
+)
 from jax_tkg.generation.prompts import PaddedPrompts
 from jax_tkg.generation.verification import DRAW, log_distribution
 from jax_tkg.sampling import TokenSelector
@@ -43,8 +49,8 @@ class DraftModel:
     When tokens are sampled, so are drafts, and the model is told from which distribution.
 
     Attributes:
-        model: a `DecodeModel`, as in `generate`; tokens are taken back from its caches by
-            `jax_tkg.generation.truncate_caches`.
+        model: a `DecodeModel`, as in `generate`, of the `vocab_size` of the model whose tokens it
+            drafts; tokens are taken back from its caches by `jax_tkg.generation.truncate_caches`.
         max_tokens: tokens drafted at a time; each is one step of the draft model.
         cache_options: keywords of its `init_caches`.
 
@@ -62,6 +68,11 @@ class DraftModel:
         whole_number("DraftModel: max_tokens", self.max_tokens, least=1)
         if is_nnx_module(self.model):  # JAX also puts other things than models in its place
             object.__setattr__(self, "model", as_pytree(self.model))
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The draft model's; None if it does not tell."""
+        return vocabulary_of(self.model)
 
     def tree_flatten(self) -> tuple[tuple[Any], int]:
         """For JAX. The options of the caches are for the host, and need not be hashable."""
@@ -92,6 +103,11 @@ class DraftModel:
         selector: TokenSelector,
     ) -> tuple[Drafts, DraftCaches]:
         """See `Drafter.draft`."""
+        if not isinstance(state, DraftCaches):
+            raise TypeError(
+                "the drafting state of a DraftModel must come from its method start; got "
+                f"{described(state)}."
+            )
         # What was accepted of the last drafts, up to the newest token, is in the caches already.
         held = jnp.minimum(state.held, lengths - 1)
         caches = truncate_caches(self.model, state.caches, held)

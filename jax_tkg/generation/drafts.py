@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_tkg._checks import whole_number
+from jax_tkg._checks import described, whole_number
 from jax_tkg._typing import Array, Bool, Int, Key, Leaf
+from jax_tkg.generation.model import vocabulary_of
 from jax_tkg.generation.prompts import PaddedPrompts
 from jax_tkg.sampling import TokenSelector
 
@@ -43,6 +44,8 @@ class Drafter(Protocol):
     A drafter is a pytree, an argument of the compiled loop: weights are its leaves; one that has
     only settings is a frozen dataclass under `jax.tree_util.register_static`. Whatever it drafts,
     the tokens generated are the model's; bad drafts cost time.
+
+    One that has an attribute `vocab_size` is refused where the model has another.
     """
 
     @property
@@ -88,6 +91,46 @@ class Drafter(Protocol):
             The drafts and the next state, of the same types and shapes.
         """
         ...
+
+
+def check_drafter(name: str, drafter: Any, model: Any = None, *, also: str = "") -> None:
+    """Whether it is a drafter, and of the model's vocabulary as far as both tell theirs.
+
+    Args:
+        name: of the setting, for the error.
+        drafter: what was given.
+        model: whose tokens are drafted; None if it is not known yet.
+        also: what else the setting can be, for the error.
+
+    Raises:
+        TypeError: if it is no `Drafter`.
+        ValueError: for another vocabulary.
+    """
+    if isinstance(drafter, type) or not isinstance(drafter, Drafter):
+        raise TypeError(
+            f"{name} must be PromptLookup(), DraftModel(model) or another Drafter of "
+            f"jax_tkg.generation{also}; got {described(drafter)}."
+        )
+    own, wanted = vocabulary_of(drafter), vocabulary_of(model)
+    if own is not None and wanted is not None and own != wanted:
+        raise ValueError(
+            f"{name}: the {type(drafter).__name__} has a vocabulary of {own} ids and the model one "
+            f"of {wanted}, but a draft must mean the same to both: give a draft model with the "
+            f"model's tokenizer and {wanted} ids, or PromptLookup(), which needs no second model."
+        )
+
+
+def check_drafts(drafts: Drafts, batch: int, max_tokens: int) -> None:
+    """Raises a ValueError if drafts are of other shapes than `[batch, max_tokens]`."""
+    width = (batch, max_tokens)
+    for name, shape in (("tokens", width), ("counts", width[:1]), ("log_probs", width)):
+        given = getattr(drafts, name)
+        if given is not None and given.shape[: len(width)] != shape:
+            more = ", V" if name == "log_probs" else ""
+            raise ValueError(
+                f"a drafter of {max_tokens} tokens for {batch} rows must give {name} of shape "
+                f"[{', '.join(map(str, shape))}{more}]; got {given.shape}."
+            )
 
 
 @jax.tree_util.register_static

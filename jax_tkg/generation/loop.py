@@ -17,41 +17,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_tkg._typing import Array, Bool, Float, Int, Key, Leaf
-from jax_tkg.generation.model import DecodeModel
-from jax_tkg.sampling import TokenSelector, log_probabilities
-
-
-@dataclass(frozen=True)
-class TokenPolicy:
-    """How the next token is chosen and which tokens end a row; static under jit.
-
-    Attributes:
-        selector: picks a token from logits.
-        eos_ids: tokens after which a row has ended.
-        pad_id: what a row that has ended gives from then on.
-    """
-
-    selector: TokenSelector
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int = 0
-
-    def ends(self, tokens: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
-        """Which of these tokens end their row."""
-        ended = jnp.zeros(tokens.shape, bool)
-        for eos in self.eos_ids:
-            ended |= tokens == eos
-        return ended
-
-    def select(
-        self, logits: Float[Array, "B V"], key: Key[Array, ""] | None, step: Int[Array, ""]
-    ) -> Int[Array, " B"]:
-        """The tokens of step `step` of a generation, int32 `[B]`."""
-        if not self.selector.needs_key:
-            return self.selector(logits)
-        if key is None:
-            raise ValueError(f"{self.selector} needs a random key; give key=jax.random.key(0).")
-        return self.selector(logits, jax.random.fold_in(key, step))
+from jax_tkg._checks import whole_number
+from jax_tkg._typing import Array, Float, Int, Key, Leaf
+from jax_tkg.generation.checks import (
+    check_batch,
+    check_block,
+    check_policy,
+    check_state,
+    checked_chunks,
+)
+from jax_tkg.generation.model import DecodeModel, check_methods
+from jax_tkg.generation.policy import TokenPolicy
+from jax_tkg.sampling import log_probabilities
 
 
 @partial(jax.jit, donate_argnames="caches")
@@ -68,7 +45,14 @@ def prefill_chunk(
 
     Returns:
         Logits `[B, V]` after the last real token of each row, and the caches.
+
+    Raises:
+        TypeError: for a model without the methods of `DecodeModel`, or tokens that are no array.
+        ValueError: for tokens or counts of other types or shapes, or of another batch than the
+            caches; for more tokens than the caches have slots.
     """
+    check_methods(model)
+    check_block(tokens, counts, caches)
     return model.next_token_logits(tokens, caches, counts)
 
 
@@ -85,14 +69,19 @@ def prefill(
 
     Returns:
         Logits `[B, V]` after the last token of each row, and the caches.
+
+    Raises:
+        TypeError: as `prefill_chunk`, or for chunks that are no pairs.
+        ValueError: as `prefill_chunk`; for no chunk, or a row without a token in the first; for ids
+            that are not in the model's vocabulary (where it has a `vocab_size`); for more tokens
+            than there is room for after those that the caches hold.
     """
     logits = None
-    for tokens, counts in chunks:
+    for tokens, counts in checked_chunks(model, caches, chunks):
         latest, caches = prefill_chunk(model, caches, tokens, counts)
         # Also for the first chunk, so that a second one finds everything compiled.
         logits = _where_given(counts, latest, latest if logits is None else logits)
-    if logits is None:
-        raise ValueError("prefill was given no chunk: there is nothing to continue from.")
+    assert logits is not None
     return logits, caches
 
 
@@ -138,7 +127,14 @@ class DecodeState:
             logits: `[B, V]`, after the last token of each row; from the same.
             key: a random key, `unsafe_rbg` on Neuron (see `portable_key`); None without randomness.
             policy: chooses the tokens.
+
+        Raises:
+            TypeError: for a policy or a key of the wrong kind.
+            ValueError: for logits of another shape, or of another batch than the caches; for no key
+                where the policy needs one.
         """
+        check_policy(policy)
+        check_batch("logits", logits.shape[0] if logits.ndim else 0, caches)
         return cls(caches, *_first_tokens(logits, key, policy=policy))
 
 
@@ -170,7 +166,16 @@ def decode(
 
     Returns:
         The new tokens, int32 `[B, num_steps]`, pads after the one that ended the row; the state.
+        A row that runs past the capacity of its caches loses what is beyond it and goes on with the
+        rest: how full they are only the device knows, and `KVCache.overflowed` tells.
+
+    Raises:
+        TypeError: for a model without the methods of `DecodeModel`; for a state, a policy, a key or
+            a number of steps of the wrong kind.
+        ValueError: for no step, no key where the policy needs one, or a state whose arrays and
+            caches are not of one batch.
     """
+    num_steps = whole_number("num_steps", num_steps, least=1)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
         state = decode_step(model, state, key, policy=policy)
@@ -200,13 +205,17 @@ def decode_scored(
 
     Returns:
         The tokens; float32 `[B, num_steps]`, see `token_log_probs`, 0 for pads; the state.
+
+    Raises:
+        TypeError: as `decode`.
+        ValueError: as `decode`.
     """
+    num_steps = whole_number("num_steps", num_steps, least=1)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
-        alive = ~state.finished
-        state, logits = _advance(model, state, key, policy)
-        scores = jnp.where(alive, token_log_probs(logits, state.tokens), 0.0)
-        return state, (state.tokens, scores)
+        after, logits = _advance(model, state, key, policy)
+        scores = jnp.where(state.finished, 0.0, token_log_probs(logits, after.tokens))
+        return after, (after.tokens, scores)
 
     state, (tokens, scores) = lax.scan(step, state, length=num_steps)
     return tokens.T, scores.T, state
@@ -219,7 +228,16 @@ def token_log_probs(
     """How likely the model finds tokens: the natural logarithm of the softmax of its logits.
 
     Of the logits as they are: before any temperature, and before filters exclude anything.
+
+    Raises:
+        ValueError: for logits that are not float, or tokens that are not an integer for each of
+            their rows.
     """
+    if not logits.ndim or tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens must be one for each row of logits [*batch, V] = {logits.shape}, of shape "
+            f"{logits.shape[:-1]}; got {tokens.shape}."
+        )
     flat = log_probabilities(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1))
     return flat.reshape(tokens.shape)
 
@@ -227,7 +245,12 @@ def token_log_probs(
 def decode_step(
     model: DecodeModel, state: DecodeState, key: Key[Array, ""] | None, *, policy: TokenPolicy
 ) -> DecodeState:
-    """One step of `decode`, for loops of your own. A finished row's caches stay as they are."""
+    """One step of `decode`, for loops of your own. A finished row's caches stay as they are.
+
+    Raises:
+        TypeError: as `decode`.
+        ValueError: as `decode`.
+    """
     return _advance(model, state, key, policy)[0]
 
 
@@ -235,6 +258,9 @@ def _advance(
     model: DecodeModel, state: DecodeState, key: Array | None, policy: TokenPolicy
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """The state after one more token, and the logits that it was chosen from."""
+    check_methods(model)
+    check_policy(policy)
+    check_state(state, DecodeState, "tokens")
     alive = ~state.finished
     logits, caches = model.next_token_logits(
         state.tokens[:, None], state.caches, alive.astype(jnp.int32)
@@ -249,22 +275,3 @@ def _advance(
         step=state.step + 1,
     )
     return state, logits
-
-
-def portable_key(key: Key[Array, ""]) -> Key[Array, ""]:
-    """An `unsafe_rbg` key with the seed of any other, the same one every time.
-
-    Neuron runs `unsafe_rbg` only: deriving one key from another takes threefry under JAX's default
-    implementation, and also under `rbg`. A key made by `jax.random.key(seed, impl="unsafe_rbg")`
-    is returned as it is, and equals what `jax.random.key(seed)` becomes.
-
-    Raises:
-        TypeError: if it is not one typed key.
-    """
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key must come from jax.random.key(seed); got {type(key).__name__}.")
-    if key.shape:
-        raise TypeError(f"key must be a single key; got an array of keys of shape {key.shape}.")
-    words = jax.random.key_data(key)
-    safe: Array = jax.random.wrap_key_data(jnp.tile(words, 4 // words.size), impl="unsafe_rbg")
-    return safe

@@ -50,7 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_tkg._checks import whole_number
+from jax_tkg._checks import described, whole_number
 from jax_tkg._typing import Array, Float, Int, Num
 from jax_tkg.cache.kv_cache import KVCache
 
@@ -121,13 +121,24 @@ class ScoringModel(DecodeModel, Protocol):
         ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["graphdef"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state"],
+    meta_fields=["graphdef", "vocab_size"],
+)
 @dataclass(frozen=True)
 class NnxModel:
-    """An nnx module as a pytree: its variables are the leaves, its structure is static."""
+    """An nnx module as a pytree: its variables are the leaves, its structure is static.
+
+    Attributes:
+        state: the variables.
+        graphdef: the structure.
+        vocab_size: the module's own; see `vocabulary_of`.
+    """
 
     state: Any
     graphdef: Any
+    vocab_size: int | None
 
     def init_caches(self, batch: int, capacity: int, *args: Any, **options: Any) -> Any:
         """See `DecodeModel.init_caches`."""
@@ -151,11 +162,6 @@ class NnxModel:
         """The module's own, or that of its caches; see `truncate_caches`."""
         return truncate_caches(self._module(), caches, lengths)
 
-    @property
-    def vocab_size(self) -> int | None:
-        """The module's own; see `vocabulary_of`."""
-        return vocabulary_of(self._module())
-
     def _module(self) -> Any:
         from flax import nnx
 
@@ -168,11 +174,15 @@ def is_nnx_module(model: Any) -> bool:
     return nnx is not None and isinstance(model, nnx.Module)
 
 
-def as_pytree(model: DecodeModel) -> DecodeModel:
-    """The model in a form that can be an argument of a compiled function.
+def check_methods(model: Any, *, scores: bool = False) -> None:
+    """Whether a model can be generated from.
+
+    Args:
+        model: what was given.
+        scores: whether several tokens at once will be asked of it, as of a `ScoringModel`.
 
     Raises:
-        TypeError: if the model lacks a method, or is neither an nnx module nor a pytree of arrays.
+        TypeError: if it lacks a method.
     """
     missing = [n for n in ("init_caches", "next_token_logits") if not hasattr(model, n)]
     if missing:
@@ -180,11 +190,35 @@ def as_pytree(model: DecodeModel) -> DecodeModel:
             f"{type(model).__name__} has no {' and no '.join(missing)}: to generate, a model needs "
             "the methods of jax_tkg.generation.DecodeModel."
         )
+    if scores and not callable(model):
+        raise TypeError(
+            f"{type(model).__name__} cannot be called: to speculate, a model needs "
+            "__call__(tokens, caches, counts) -> (logits [B, T, V], caches) of "
+            "jax_tkg.generation.ScoringModel."
+        )
+
+
+def check_cache_options(options: Any) -> None:
+    """Raises a TypeError unless they are keywords, or None."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            "cache_options must be keywords of the model's init_caches, such as {'dtype': "
+            f"jnp.bfloat16}}; got {described(options)}."
+        )
+
+
+def as_pytree(model: DecodeModel) -> DecodeModel:
+    """The model in a form that can be an argument of a compiled function.
+
+    Raises:
+        TypeError: if the model lacks a method, or is neither an nnx module nor a pytree of arrays.
+    """
+    check_methods(model)
     if is_nnx_module(model):
         from flax import nnx
 
         graphdef, state = nnx.split(model)
-        return NnxModel(state, graphdef)
+        return NnxModel(state, graphdef, vocabulary_of(model))
     if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(model)):
         raise TypeError(
             f"{type(model).__name__} must be a flax.nnx.Module or a pytree of arrays, so that its "
@@ -200,12 +234,7 @@ def scoring_pytree(model: DecodeModel) -> ScoringModel:
     Raises:
         TypeError: as `as_pytree`, and if the model cannot be called.
     """
-    if not callable(model):
-        raise TypeError(
-            f"{type(model).__name__} cannot be called: to speculate, a model needs "
-            "__call__(tokens, caches, counts) -> (logits [B, T, V], caches) of "
-            "jax_tkg.generation.ScoringModel."
-        )
+    check_methods(model, scores=True)
     scoring: Any = as_pytree(model)
     return scoring
 

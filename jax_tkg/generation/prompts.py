@@ -68,10 +68,29 @@ def pad_prompts(
         )
     else:
         padded = _from_rows(prompts)
-    for i, (row, length) in enumerate(zip(padded.tokens, padded.lengths, strict=True)):
-        real = row[:length]
-        check_id_range(f"prompt {i}", int(real.min()), int(real.max()), vocab_size)
+    check_ids(padded.tokens, padded.lengths, vocab_size)
     return PaddedPrompts(padded.tokens.astype(np.int32), padded.lengths)
+
+
+def check_ids(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int | None) -> None:
+    """Raises a ValueError for an id in the real part of a row that is none, or not the model's."""
+    for i, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
+        if length:
+            real = row[:length]
+            check_id_range(f"prompt {i}", int(real.min()), int(real.max()), vocab_size)
+
+
+def check_room(longest: int, max_new_tokens: int, capacity: int, hint: str = "") -> None:
+    """Raises a ValueError if a generation does not fit into caches of a capacity.
+
+    The last token is never appended, nor are those of a call that runs past the end.
+    """
+    needed = longest + max_new_tokens - 1
+    if capacity < needed:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}: that "
+            f"needs a capacity of {needed}, got {capacity}.{hint}"
+        )
 
 
 def _from_rows(prompts: Sequence[Sequence[int]]) -> PaddedPrompts:

@@ -8,16 +8,15 @@ import numpy as np
 
 from jax_tkg._typing import Array
 from jax_tkg.generation.adaptive import Adaptive, Pace, PausableDrafter
-from jax_tkg.generation.drafts import Drafter
 from jax_tkg.generation.loop import (
     DecodeState,
-    TokenPolicy,
     decode,
     decode_scored,
     prefill,
     token_log_probs,
 )
-from jax_tkg.generation.model import DecodeModel, ScoringModel
+from jax_tkg.generation.model import DecodeModel
+from jax_tkg.generation.policy import TokenPolicy
 from jax_tkg.generation.prompts import PaddedPrompts
 from jax_tkg.generation.speculation import (
     Emitted,
@@ -120,10 +119,26 @@ class Speculative:
 
     def blocks(self, request: Request) -> Iterator[Block]:
         """See `Decoding`."""
-        decoding, first = request.start()
+        pace = Pace(self.rule)
+        state, first = self.start(request)
         yield first
-        drafter, pace = self.rule.drafter, Pace(self.rule)
-        drafting = drafter.start(request.prompts, request.capacity, request.prefill_chunk)
+        while True:
+            drafts = pace.speculates
+            emitted, state = self.call(request, state, drafts=drafts)
+            block = _block(emitted, drafted=drafts)
+            yield block
+            pace.took(
+                steps=int(np.max(block.steps)),
+                row_steps=int(np.sum(block.steps)),
+                tokens=int(np.sum(block.counts)),
+            )
+            if pace.speculates != drafts:
+                state = self.follow(request, state)
+
+    def start(self, request: Request) -> tuple[SpeculativeState, Block]:
+        """Reads the prompts, the drafter too, and chooses the first token of each row."""
+        decoding, first = request.start()
+        drafting = self.rule.drafter.start(request.prompts, request.capacity, request.prefill_chunk)
         state = SpeculativeState.start(
             decoding,
             drafting,
@@ -131,44 +146,29 @@ class Speculative:
             capacity=request.capacity,
             max_new_tokens=request.max_new_tokens,
         )
-        while True:
-            drafted = pace.speculates
-            emitted, state = _call(request, drafter if drafted else None, state)
-            block = _block(emitted, drafted=drafted)
-            yield block
-            pace.took(
-                steps=int(np.max(block.steps)),
-                row_steps=int(np.sum(block.steps)),
-                tokens=int(np.sum(block.counts)),
-            )
-            if pace.speculates != drafted:
-                assert isinstance(drafter, PausableDrafter)
-                state = _following(request, drafter, state)
+        return state, first
 
+    def call(
+        self, request: Request, state: SpeculativeState, *, drafts: bool
+    ) -> tuple[Emitted, SpeculativeState]:
+        """One call of the loop with drafts, or of the one without."""
+        options: dict[str, Any] = {
+            "policy": request.policy,
+            "num_steps": request.steps_per_call,
+            "with_log_probs": request.with_log_probs,
+        }
+        if not drafts:
+            return decode_undrafted(request.model, state, request.key, **options)
+        model: Any = request.model
+        return decode_speculatively(model, self.rule.drafter, state, request.key, **options)
 
-def _call(
-    request: Request, drafter: Drafter | None, state: SpeculativeState
-) -> tuple[Emitted, SpeculativeState]:
-    """A call of one loop or the other."""
-    options: dict[str, Any] = {
-        "policy": request.policy,
-        "num_steps": request.steps_per_call,
-        "with_log_probs": request.with_log_probs,
-    }
-    if drafter is None:
-        return decode_undrafted(request.model, state, request.key, **options)
-    model: Any = request.model
-    assert isinstance(model, ScoringModel)
-    return decode_speculatively(model, drafter, state, request.key, **options)
-
-
-def _following(
-    request: Request, drafter: PausableDrafter, state: SpeculativeState
-) -> SpeculativeState:
-    """The state with that of the drafter brought up to the text."""
-    chunk = request.prefill_chunk
-    drafting = drafter.follow(state.tokens, state.lengths, state.drafting, chunk=chunk)
-    return replace(state, drafting=drafting)
+    def follow(self, request: Request, state: SpeculativeState) -> SpeculativeState:
+        """The state with that of the drafter brought up to the text."""
+        drafter = self.rule.drafter
+        assert isinstance(drafter, PausableDrafter)
+        chunk = request.prefill_chunk
+        drafting = drafter.follow(state.tokens, state.lengths, state.drafting, chunk=chunk)
+        return replace(state, drafting=drafting)
 
 
 def _block(emitted: Emitted, *, drafted: bool) -> Block:

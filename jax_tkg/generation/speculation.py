@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_tkg._checks import described, whole_number
 from jax_tkg._typing import Array, Bool, Int, Key, Leaf
-from jax_tkg.generation.drafts import Drafter, Drafts
-from jax_tkg.generation.loop import DecodeState, TokenPolicy, token_log_probs
-from jax_tkg.generation.model import DecodeModel, ScoringModel, truncate_caches
-from jax_tkg.generation.prompts import PaddedPrompts
-from jax_tkg.generation.verification import verify
+from jax_tkg.generation.checks import check_batch, check_capacity, check_policy, check_state
+from jax_tkg.generation.drafts import Drafter, Drafts, check_drafter, check_drafts
+from jax_tkg.generation.loop import DecodeState, token_log_probs
+from jax_tkg.generation.model import DecodeModel, ScoringModel, check_methods, truncate_caches
+from jax_tkg.generation.policy import TokenPolicy
+from jax_tkg.generation.prompts import PaddedPrompts, check_room
+from jax_tkg.generation.verification import check_selector, verify
 
 
 @partial(
@@ -70,7 +73,22 @@ class SpeculativeState:
             prompts: all that the caches hold.
             capacity: of the caches; every row has place for one token more than it.
             max_new_tokens: of each row, the first included.
+
+        Raises:
+            TypeError: for a state or prompts of the wrong kind, sizes that are no integers.
+            ValueError: for another batch in `prompts` than in `first`; for more tokens than there
+                is room for; for a capacity that the caches do not have.
         """
+        check_state(first, DecodeState, "tokens")
+        if not isinstance(prompts, PaddedPrompts):
+            raise TypeError(
+                f"prompts must be PaddedPrompts, from pad_prompts; got {described(prompts)}."
+            )
+        check_batch("prompts", len(prompts.lengths), first.caches)
+        capacity = whole_number("capacity", capacity, least=1)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+        check_room(prompts.longest, max_new_tokens, capacity)
+        check_capacity(capacity, first.caches)
         longest = min(prompts.tokens.shape[1], capacity + 1)
         tokens = np.zeros((len(prompts.lengths), capacity + 1), np.int32)
         tokens[:, :longest] = prompts.tokens[:, :longest]
@@ -131,7 +149,15 @@ def decode_speculatively(
 
     Returns:
         What each step gave, its arrays with a first axis of `num_steps`; the state.
+
+    Raises:
+        TypeError: for a model that is no `ScoringModel`; for a drafter, a state, a policy, a key or
+            a number of steps of the wrong kind; for a selector whose drafts cannot be verified.
+        ValueError: for no step, no key where the policy needs one, a state whose arrays and caches
+            are not of one batch, a drafter of another vocabulary than the model, drafts of other
+            shapes than it promises; for more of them than the caches have slots.
     """
+    num_steps = whole_number("num_steps", num_steps, least=1)
 
     def step(state: SpeculativeState, _: None) -> tuple[SpeculativeState, Emitted]:
         emitted, state = speculative_step(
@@ -152,7 +178,16 @@ def speculative_step(
     policy: TokenPolicy,
     with_log_probs: bool = False,
 ) -> tuple[Emitted, SpeculativeState]:
-    """One step of `decode_speculatively`, for loops of your own."""
+    """One step of `decode_speculatively`, for loops of your own.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+    check_methods(model, scores=True)
+    check_drafter("drafter", drafter, model)
+    _check(state, policy)
+    check_selector(policy.selector)
     alive = ~state.finished
     draft_key, verify_key = _step_keys(policy, key, state.step)
     drafts, drafting = drafter.draft(
@@ -163,6 +198,7 @@ def speculative_step(
         key=draft_key,
         selector=policy.selector,
     )
+    check_drafts(drafts, alive.shape[0], drafter.max_tokens)
     # A row never gets, nor its caches, more than its limit.
     drafts = within(drafts, state.limits - state.lengths, alive)
     newest = newest_tokens(state.tokens, state.lengths)
@@ -204,7 +240,14 @@ def decode_undrafted(
 
     Returns:
         As there, with T = 1.
+
+    Raises:
+        TypeError: as there, but any `DecodeModel` will do.
+        ValueError: as there.
     """
+    num_steps = whole_number("num_steps", num_steps, least=1)
+    check_methods(model)
+    _check(state, policy)
 
     def step(state: SpeculativeState, _: None) -> tuple[SpeculativeState, Emitted]:
         alive = ~state.finished
@@ -218,6 +261,12 @@ def decode_undrafted(
 
     state, emitted = lax.scan(step, state, length=num_steps)
     return emitted, state
+
+
+def _check(state: Any, policy: Any) -> None:
+    """What both loops are given."""
+    check_policy(policy)
+    check_state(state, SpeculativeState, "lengths limits")
 
 
 def _advanced(
@@ -247,11 +296,10 @@ def _step_keys(
     policy: TokenPolicy, key: Array | None, step: Array
 ) -> tuple[Array | None, Array | None]:
     """For the drafts and for their verification."""
-    if not policy.selector.needs_key:
-        return None, None
+    key = policy.step_key(key, step)
     if key is None:
-        raise ValueError(f"{policy.selector} needs a random key; give key=jax.random.key(0).")
-    draft_key, verify_key = jax.random.split(jax.random.fold_in(key, step))
+        return None, None
+    draft_key, verify_key = jax.random.split(key)
     return draft_key, verify_key
 
 

@@ -88,8 +88,16 @@ def verify(
         logits: `[B, T, V]` with T = `max_tokens + 1`: after the newest token, and after each draft.
         drafts: what was drafted.
         key: random numbers, used whole; None if the selector needs none.
+
+    Raises:
+        ValueError: for drafts drawn from another vocabulary.
     """
     batch, width, vocabulary = logits.shape
+    if drafts.log_probs is not None and drafts.log_probs.shape[-1] != vocabulary:
+        raise ValueError(
+            f"drafts were drawn from {drafts.log_probs.shape[-1]} tokens, but the model gives "
+            f"logits of {vocabulary}: the drafter must know the same ones."
+        )
     flat = logits.reshape(batch * width, vocabulary)
     if not selector.needs_key:
         chosen = selector(flat).reshape(batch, width)

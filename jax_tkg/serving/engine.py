@@ -8,11 +8,18 @@ import jax
 import numpy as np
 
 from jax_tkg._checks import check_id_range, described
-from jax_tkg.generation.model import DecodeModel, as_pytree, scoring_pytree, vocabulary_of
+from jax_tkg.generation.model import (
+    DecodeModel,
+    as_pytree,
+    check_cache_options,
+    scoring_pytree,
+    vocabulary_of,
+)
 from jax_tkg.serving import programs
 from jax_tkg.serving.config import ServingConfig
-from jax_tkg.serving.pool import PagePool, PageUsage
-from jax_tkg.serving.programs import Chosen, ChosenToken, DecodeRows
+from jax_tkg.serving.places import Places
+from jax_tkg.serving.pool import PageUsage
+from jax_tkg.serving.programs import Chosen, ChosenToken, DecodeRows, by_rows
 from jax_tkg.serving.request import (
     Completion,
     Event,
@@ -65,32 +72,32 @@ class Engine:
             decoder: makes a decoder of ids to text for each request, such as `Tokenizer.stream`.
                 Without one there is no text, and no stop strings.
             cache_options: keywords of the model's `init_caches`, such as `dtype`.
-            sharding: mesh axes that split the heads: each device has its KV heads of every page,
-                where they divide. The weights lie where the model has them (`shard_decoder`).
+            sharding: mesh axes that split heads and rows. Each device has its KV heads of a page,
+                where they divide, and each part of the rows has pages of its own, which its
+                requests share. The weights lie where the model has them (`shard_decoder`).
 
         Raises:
             TypeError: for a model that cannot be served, or an argument of the wrong type.
             ValueError: as the model's `init_caches`, asked for `config.capacity` tokens; for a
-                sharding of rows or slots, or of heads that the mesh does not divide; for
+                sharding of slots, or of heads, rows or pages that the mesh does not divide; for
                 `config.top_log_probs` above the vocabulary.
         """
         _check_types(config, decoder, cache_options, sharding)
         self.config = config
         self._model: Any = as_pytree(model) if config.rule is None else scoring_pytree(model)
         self._pools = programs.make_pools(self._model, config, cache_options or {}, sharding)
-        self._pool = PagePool(config.pages, config.page_len)
+        self._sharding = sharding
+        self._places = Places(config, 1 if sharding is None else sharding.size("batch"))
         self._vocab_size = self._vocabulary(vocabulary_of(model))
         self._decoder = decoder
         self._drafting = Drafting(config.rule)
         self._waiting: list[Ticket] = []  # the oldest first
-        self._rows: dict[int, Row] = {}  # by slot
-        self._promised = 0
         self._number = 0
 
     def warm_up(self) -> None:
         """Compiles every program; nothing is compiled afterwards, whatever is submitted."""
-        logits = self._take_in([])
-        self._first_tokens([], logits)
+        logits = self._take_in({})
+        self._first_tokens({}, logits)
         for sampled in (False, True):
             self._decode_call(decode_arrays([], self.config, sampled=sampled))
             if self.config.rule is not None:
@@ -107,16 +114,18 @@ class Engine:
                 others.
         """
         needed = self._check(request)
-        left = self.config.pages - self._promised
-        if self.config.out_of_pages == "refuse" and needed > left:
+        is_promised = self.config.out_of_pages == "refuse"
+        if is_promised and needed > self._places.unpromised:
+            places = self._places
             raise OutOfPagesError(
                 f"the request may need {needed} pages of {self.config.page_len} tokens; of "
-                f"{self.config.pages} pages {left} are not promised to others. Submit it again "
-                "when one of those has finished."
+                f"{places.pages_each} {places.which_pages} {places.unpromised} are not promised to "
+                "others. Submit it again when one of those has finished."
             )
-        self._promised += needed
         text = None if self._decoder is None else TextStream(self._decoder(), request.stop)
         ticket = Ticket(self._number, request, text)
+        if is_promised:
+            self._places.promise(ticket, needed)
         self._number += 1
         self._waiting.append(ticket)
         return ticket
@@ -131,8 +140,8 @@ class Engine:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             self._end(ticket, FinishReason.CANCELLED)
-        elif (row := self._row_of(ticket)) is not None:
-            self._leave(row)
+        elif (row := self._places.row_of(ticket)) is not None:
+            self._places.leave(row)
             self._end(ticket, FinishReason.CANCELLED)
         assert ticket.completion is not None
         return ticket.completion
@@ -146,10 +155,10 @@ class Engine:
         events: list[Event] = []
         self._admit()
         for _ in range(self.config.prefill_calls):
-            rows = self._by_age(State.PREFILL)[: self.config.prefill_rows]
-            if not rows:
+            to_prefill = self._places.to_prefill()
+            if not to_prefill:
                 break
-            events += self._prefill(rows)
+            events += self._prefill(to_prefill)
         if rows := self._with_pages():
             if self._drafts_for(rows):
                 events += self._decode_speculatively(rows)
@@ -192,7 +201,7 @@ class Engine:
     @property
     def usage(self) -> PageUsage:
         """Pages by state."""
-        return self._pool.usage()
+        return self._places.usage
 
     @property
     def speculation(self) -> SpeculationUsage:
@@ -201,7 +210,7 @@ class Engine:
 
     def forget_cached(self) -> None:
         """Frees the pages that no request uses: later requests compute their prompts anew."""
-        self._pool.forget_cached()
+        self._places.forget_cached()
 
     @property
     def num_waiting(self) -> int:
@@ -211,7 +220,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests in rows."""
-        return len(self._rows)
+        return len(self._places.rows)
 
     def _check(self, request: Request) -> int:
         """The pages it may need; raises if it can never be served."""
@@ -222,11 +231,13 @@ class Engine:
                 check_id_range(name, min(ids), max(ids), self._vocab_size)
         config, tokens = self.config, request.most_tokens
         needed = config.pages_for(tokens)
-        if needed > min(config.pages_per_sequence, config.pages):
+        pages = self._places.pages_each
+        if needed > min(config.pages_per_sequence, pages):
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens and max_new_tokens="
                 f"{request.max_new_tokens} need {needed} pages of {config.page_len}; a request "
-                f"here can have {config.pages_per_sequence}, and there are {config.pages}."
+                f"here can have {config.pages_per_sequence}, and there are {pages} "
+                f"{self._places.which_pages}."
             )
         if len(request.eos_ids) > config.max_eos_ids:
             raise ValueError(
@@ -245,7 +256,7 @@ class Engine:
     def _vocabulary(self, told: int | None) -> int:
         """How many token ids the model knows: what it says, else those that have a logit."""
         logits, _ = programs.prefill.eval_shape(
-            self._model, self._pools, **prefill_arrays([], self.config)
+            self._model, self._pools, **prefill_arrays({}, self.config)
         )
         if self.config.top_log_probs > logits.shape[1]:
             raise ValueError(
@@ -257,37 +268,31 @@ class Engine:
     def _check_mine(self, ticket: Ticket) -> None:
         if not isinstance(ticket, Ticket):
             raise TypeError(f"a Ticket of submit is needed, got {described(ticket)}.")
-        known = ticket in self._waiting or self._row_of(ticket) is not None
+        known = ticket in self._waiting or self._places.row_of(ticket) is not None
         if not known and ticket.completion is None:
             raise ValueError(f"request {ticket.number} was submitted to another engine.")
 
     # Rows and pages
 
-    def _row_of(self, ticket: Ticket) -> Row | None:
-        return next((row for row in self._rows.values() if row.ticket is ticket), None)
-
     def _admit(self) -> None:
         """Lets waiting requests in, the oldest first, as long as there are rows and pages."""
-        while self._waiting and len(self._rows) < self.config.max_rows:
-            slot = next(i for i in range(self.config.max_rows) if i not in self._rows)
-            ticket = self._waiting[0]
-            row = Row.enter(slot, ticket, self._pool)
-            # With the pages of its first decode call, or it might be put back at once.
-            if not row.pages.reserve(row.room(self.config)):
-                row.pages.release()
-                return
-            del self._waiting[0]
-            self._rows[slot] = row
+        for ticket in list(self._waiting):
+            row = self._places.enter(ticket)
+            if row is None and self.config.out_of_pages == "refuse":
+                continue  # it waits for a row in the part that has its pages
+            if row is None:
+                return  # or younger ones would take the pages that it waits for
+            self._waiting.remove(ticket)
             ticket.state = State.PREFILL
             if not ticket.preemptions:
                 ticket.shared_tokens = row.pages.shared_tokens
 
     def _with_pages(self) -> list[Row]:
         """The decoding rows, each with pages for the next call; the youngest may have to go."""
-        for row in self._by_age(State.DECODING):
-            while row.slot in self._rows and not row.pages.reserve(row.room(self.config)):
-                self._put_back(max(self._rows.values(), key=lambda r: r.ticket.number))
-        return self._by_age(State.DECODING)
+        for row in self._places.by_age(State.DECODING):
+            while row.slot in self._places.rows and not row.pages.reserve(row.room(self.config)):
+                self._put_back(self._places.youngest_beside(row))
+        return self._places.by_age(State.DECODING)
 
     def _drafts_for(self, rows: Sequence[Row]) -> bool:
         """Whether to draft now: if it pays, and there are pages for what may be accepted.
@@ -304,31 +309,24 @@ class Engine:
 
     def _put_back(self, row: Row) -> None:
         """Preempts a row: what it has computed is forgotten, its tokens are not."""
-        self._leave(row)
+        self._places.leave(row)
         row.ticket.state = State.WAITING
         row.ticket.preemptions += 1
         bisect.insort(self._waiting, row.ticket, key=lambda ticket: ticket.number)
 
-    def _by_age(self, state: State) -> list[Row]:
-        rows = [row for row in self._rows.values() if row.ticket.state is state]
-        return sorted(rows, key=lambda row: row.ticket.number)
-
-    def _leave(self, row: Row) -> None:
-        row.pages.release()
-        del self._rows[row.slot]
-
     def _end(self, ticket: Ticket, reason: FinishReason) -> None:
-        self._promised -= self.config.pages_for(ticket.request.most_tokens)
+        self._places.redeem(ticket)
         ticket.end(reason)
 
     # Calls
 
-    def _prefill(self, rows: Sequence[Row]) -> list[Event]:
+    def _prefill(self, rows: Mapping[int, Row]) -> list[Event]:
         logits = self._take_in(rows)
-        for row in rows:
+        for row in rows.values():
             row.cached = min(row.cached + self.config.prefill_chunk, len(row.tokens))
             row.pages.written(row.tokens, row.cached)
-        done = [(i, row) for i, row in enumerate(rows) if row.cached == len(row.tokens)]
+        done = [(i, row) for i, row in rows.items() if row.cached == len(row.tokens)]
+        done.sort(key=lambda found: found[1].ticket.number)
         if not done:
             return []
         chosen = self._first_tokens(rows, logits)
@@ -375,7 +373,7 @@ class Engine:
             row.cached = len(row.tokens) - 1
             row.pages.written(row.tokens, row.cached)
             if reason is not None:
-                self._leave(row)
+                self._places.leave(row)
                 self._end(row.ticket, reason)
             events += row.ticket.events[before:]
         if errors:
@@ -392,13 +390,13 @@ class Engine:
                 return reason
         return None
 
-    def _take_in(self, rows: Sequence[Row]) -> Any:
-        arrays = prefill_arrays(rows, self.config)
+    def _take_in(self, rows: Mapping[int, Row]) -> Any:
+        arrays = by_rows(prefill_arrays(rows, self.config), self._sharding)
         logits, self._pools = programs.prefill(self._model, self._pools, **arrays)
         return logits
 
-    def _first_tokens(self, rows: Sequence[Row], logits: Any) -> Chosen:
-        selection, words = first_token_arrays(rows, self.config)
+    def _first_tokens(self, rows: Mapping[int, Row], logits: Any) -> Chosen:
+        selection, words = by_rows(first_token_arrays(rows, self.config), self._sharding)
         top = self.config.top_log_probs
         return jax.device_get(programs.first_tokens(logits, selection, words, top=top))
 
@@ -406,7 +404,7 @@ class Engine:
         chosen, made, self._pools = programs.decode(
             self._model,
             self._pools,
-            rows,
+            by_rows(rows, self._sharding),
             num_steps=self.config.steps_per_call,
             top=self.config.top_log_probs,
         )
@@ -416,8 +414,10 @@ class Engine:
         verified, self._pools = decode_speculatively(
             self._model,
             self._pools,
-            decode_arrays(rows, self.config, sampled=sampled, drafting=True),
-            texts_array(rows, self.config),
+            by_rows(
+                decode_arrays(rows, self.config, sampled=sampled, drafting=True), self._sharding
+            ),
+            by_rows(texts_array(rows, self.config), self._sharding),
             drafter=self.config.drafter,
             num_steps=self.config.steps_per_call,
             top=self.config.top_log_probs,
@@ -434,10 +434,6 @@ def _check_types(config: Any, decoder: Any, cache_options: Any, sharding: Any) -
             "decoder must make a new decoder for each request, such as tokenizer.stream (without "
             f"calling it); got {described(decoder)}."
         )
-    if cache_options is not None and not isinstance(cache_options, Mapping):
-        raise TypeError(
-            "cache_options must be keywords of the model's init_caches, such as {'dtype': "
-            f"jnp.bfloat16}}; got {described(cache_options)}."
-        )
+    check_cache_options(cache_options)
     if sharding is not None and not isinstance(sharding, AttentionSharding):
         raise TypeError(f"sharding must be an AttentionSharding, got {described(sharding)}.")

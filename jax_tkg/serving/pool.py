@@ -7,7 +7,7 @@ and these are never written again.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 _NO_PREFIX = 0
 
@@ -28,6 +28,10 @@ class PageUsage:
     cached: int
     free: int
 
+    def __add__(self, other: "PageUsage") -> "PageUsage":
+        """Of two pools."""
+        return PageUsage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     def __str__(self) -> str:
         """One line."""
         total = self.used + self.cached + self.free
@@ -35,18 +39,20 @@ class PageUsage:
 
 
 class PagePool:
-    """Pages 0 to `num_pages` - 1, handed out and taken back."""
+    """Pages of consecutive numbers, handed out and taken back."""
 
-    def __init__(self, num_pages: int, page_len: int) -> None:
+    def __init__(self, num_pages: int, page_len: int, *, first: int = 0) -> None:
         """A pool in which every page is free.
 
         Args:
             num_pages: pages.
             page_len: tokens of a page.
+            first: number of the first page.
         """
         self.page_len = page_len
-        self._free = list(reversed(range(num_pages)))
-        self._users = [0] * num_pages
+        numbers = range(first, first + num_pages)
+        self._free = list(reversed(numbers))
+        self._users = dict.fromkeys(numbers, 0)
         # What a page holds: the number of the prefix before it, and its tokens. Exact: a hash alone
         # could give a request the keys of other tokens.
         self._page_of: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -62,8 +68,8 @@ class PagePool:
 
     def usage(self) -> PageUsage:
         """Pages by state."""
-        used = sum(users > 0 for users in self._users)
-        shared = sum(users > 1 for users in self._users)
+        used = sum(users > 0 for users in self._users.values())
+        shared = sum(users > 1 for users in self._users.values())
         return PageUsage(used, shared, len(self._cached), len(self._free))
 
     def forget_cached(self) -> None:
@@ -71,13 +77,23 @@ class PagePool:
         while self._cached:
             self._free.append(self._forget_oldest())
 
-    def find(self, prefix: int, tokens: tuple[int, ...]) -> tuple[int, int] | None:
-        """The page with these tokens after that prefix, and the number of the longer prefix."""
-        page = self._page_of.get((prefix, tokens))
-        return None if page is None else (page, self._prefix_of[page])
+    def known(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """The pages that hold the beginning of a prompt, and the number of the prefix up to each.
+
+        Full pages, and not the one of the last token, which must be computed for what follows it.
+        """
+        found: list[tuple[int, int]] = []
+        prefix = _NO_PREFIX
+        for end in range(self.page_len, len(tokens), self.page_len):
+            page = self._page_of.get((prefix, tuple(tokens[end - self.page_len : end])))
+            if page is None:
+                break
+            prefix = self._prefix_of[page]
+            found.append((page, prefix))
+        return found
 
     def use(self, page: int) -> None:
-        """Adds a user to a page that was found."""
+        """Adds a user to a page that is known."""
         self._cached.pop(page, None)
         self._users[page] += 1
 
@@ -102,9 +118,9 @@ class PagePool:
 
     def know(self, page: int, prefix: int, tokens: tuple[int, ...]) -> int:
         """Makes a full page findable, unless another with the same tokens is; the longer prefix."""
-        found = self.find(prefix, tokens)
+        found = self._page_of.get((prefix, tokens))
         if found is not None:
-            return found[1]
+            return self._prefix_of[found]
         self._prefixes += 1
         self._page_of[prefix, tokens] = page
         self._key_of[page] = prefix, tokens
@@ -121,23 +137,19 @@ class RowPages:
     """The pages of one request: slot s is in `pages[s // page_len]`."""
 
     def __init__(self, pool: PagePool, tokens: Sequence[int]) -> None:
-        """Shares what the pool has of a prompt: full pages, and not its last token's.
+        """Shares what the pool knows of a prompt.
 
         Args:
             pool: where pages come from.
-            tokens: of the prompt; the last one must be computed, for what follows it.
+            tokens: of the prompt.
         """
         self._pool = pool
-        self._prefix, self._known = _NO_PREFIX, 0
-        self.pages: list[int] = []
-        while (self._known + 1) * pool.page_len < len(tokens):
-            found = pool.find(self._prefix, self._page_tokens(tokens))
-            if found is None:
-                break
-            page, self._prefix = found
+        found = pool.known(tokens)
+        self._prefix = found[-1][1] if found else _NO_PREFIX
+        self._known = len(found)
+        self.pages = [page for page, _ in found]
+        for page in self.pages:
             pool.use(page)
-            self.pages.append(page)
-            self._known += 1
         self.shared_tokens = self._known * pool.page_len
 
     def reserve(self, tokens: int) -> bool:
@@ -164,8 +176,9 @@ class RowPages:
             count: how many, the first ones, have been written.
         """
         while (self._known + 1) * self._pool.page_len <= count:
-            page, key = self.pages[self._known], self._page_tokens(tokens)
-            self._prefix = self._pool.know(page, self._prefix, key)
+            begin, end = (n * self._pool.page_len for n in (self._known, self._known + 1))
+            page = self.pages[self._known]
+            self._prefix = self._pool.know(page, self._prefix, tuple(tokens[begin:end]))
             self._known += 1
 
     def release(self) -> None:
@@ -173,7 +186,3 @@ class RowPages:
         for page in reversed(self.pages):
             self._pool.give_back(page)
         self.pages = []
-
-    def _page_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        size = self._pool.page_len
-        return tuple(tokens[self._known * size : (self._known + 1) * size])

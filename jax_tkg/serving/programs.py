@@ -80,7 +80,7 @@ class DecodeRows:
         eos_ids: int32 `[B, E]`, tokens that end the row, padded with -1.
         selection: the rule of each row, or None when all are greedy: that is a program of its own,
             which does not pay for filters and random numbers.
-        words: uint32 `[n, B, 4]`, the random states of the next n tokens, as many as a call can
+        words: uint32 `[B, n, 4]`, the random states of the next n tokens, as many as a call can
             give a row; None with `selection`.
     """
 
@@ -98,7 +98,7 @@ class DecodeRows:
 class PooledKVCache(PagedKVCache):
     """Pages that the host hands out: what is appended lies in pages that the table names already.
 
-    To take tokens back is to count fewer. On a mesh its heads are split.
+    To take tokens back is to count fewer.
     """
 
     def _append(self, key: Array, value: Array, counts: Array, tried: tuple[Writer, ...]) -> Self:
@@ -120,7 +120,7 @@ def make_pools(
         model: its `init_caches` says what a cache is like, of one row of the most tokens.
         config: sizes.
         options: keywords of `init_caches`.
-        sharding: how the KV heads of the pools are split on a mesh.
+        sharding: how KV heads, rows and pages are split on a mesh.
 
     Returns:
         The pytree that `init_caches` makes, its `KVCache`s paged and without table and lengths.
@@ -128,25 +128,41 @@ def make_pools(
     Raises:
         TypeError: if there is anything else in it than `KVCache`s of a dense layout.
         ValueError: as `init_caches`, such as for more tokens than the model has positions; for a
-            sharding that splits more than heads, or heads that it does not divide.
+            sharding of slots, or of heads, rows or pages that it does not divide.
     """
-    _check_sharding(options, sharding)
+    _check_sharding(config, options, sharding)
     row = model.init_caches(1, config.capacity, **options)
     return _map_caches(partial(_pool_like, config=config, sharding=sharding), row)
 
 
-def _check_sharding(options: Mapping[str, Any], sharding: AttentionSharding | None) -> None:
+def _check_sharding(
+    config: ServingConfig, options: Mapping[str, Any], sharding: AttentionSharding | None
+) -> None:
     if options.get("sharding") is not None:
         raise ValueError(
             "cache_options has a sharding, but the pages belong to the engine: give it as "
             "Engine(..., sharding=)."
         )
-    if sharding is not None and (sharding.names("batch") or sharding.names("keys")):
+    if sharding is None:
+        return
+    if sharding.names("keys"):
         raise ValueError(
-            f"the pages of an engine can be split by heads, and this sharding has {sharding}: any "
-            "row may use any page, so a device needs the heads that it has of all of them. Name "
-            "these axes as heads=, or run an engine on each part of the mesh."
+            f"the pages of an engine can be split by heads and rows, and this sharding has "
+            f"{sharding}: the slots of a row are in any of the pages of its part. Name these axes "
+            "as heads= or batch=."
         )
+    parts = sharding.size("batch")
+    sizes = {
+        "max_rows": config.max_rows,
+        "num_pages": config.pages,
+        "prefill_rows": config.prefill_rows,
+    }
+    for name, size in sizes.items():
+        if size % parts:
+            raise ValueError(
+                f"ServingConfig: {name} is {size}, and this sharding has {sharding}: each of the "
+                f"{parts} parts has rows and pages of its own, so make it a multiple of {parts}."
+            )
 
 
 def _pool_like(cache: Any, config: ServingConfig, sharding: AttentionSharding | None) -> KVCache:
@@ -169,6 +185,18 @@ def _pool_like(cache: Any, config: ServingConfig, sharding: AttentionSharding | 
         page_indices=None,  # type: ignore[arg-type]
     )
     return _unbound(PooledKVCache(pages, cache.lengths, cache.starts, sharding))
+
+
+def by_rows(arrays: Any, sharding: AttentionSharding | None) -> Any:
+    """The arrays of a call where they are needed: on a mesh that splits rows, each device its own.
+
+    Args:
+        arrays: a pytree of arrays on the host, their first axis that of rows.
+        sharding: of the pools.
+    """
+    if sharding is None or not sharding.names("batch"):
+        return arrays
+    return jax.device_put(arrays, sharding.named("B"))
 
 
 def bound(pools: Any, table: Array, lengths: Array) -> Any:
@@ -264,7 +292,8 @@ def decode(
     caches = bound(pools, rows.table, rows.lengths)
     start = (caches, rows.tokens, jnp.zeros_like(rows.lengths))
     steps = jnp.arange(num_steps, dtype=jnp.int32)
-    (caches, _, made), chosen = lax.scan(step, start, (steps, rows.words), length=num_steps)
+    words = None if rows.words is None else jnp.swapaxes(rows.words, 0, 1)
+    (caches, _, made), chosen = lax.scan(step, start, (steps, words), length=num_steps)
     return chosen, made, without_rows(caches)
 
 

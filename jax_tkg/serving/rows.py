@@ -34,9 +34,8 @@ class Row:
     _words: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def enter(cls, slot: int, ticket: Ticket, pool: PagePool) -> "Row":
+    def enter(cls, slot: int, ticket: Ticket, tokens: list[int], pool: PagePool) -> "Row":
         """A row that has the pages which others share with it, and computes the rest."""
-        tokens = [*ticket.request.prompt, *ticket.tokens]
         pages = RowPages(pool, tokens)
         return cls(slot, ticket, tokens, pages, pages.shared_tokens)
 
@@ -67,26 +66,25 @@ class Row:
         return list(self._words.values())
 
 
-def prefill_arrays(rows: Sequence[Row], config: ServingConfig) -> dict[str, np.ndarray]:
-    """The arrays of `programs.prefill` for the next chunk of at most `prefill_rows` rows."""
+def prefill_arrays(rows: Mapping[int, Row], config: ServingConfig) -> dict[str, np.ndarray]:
+    """The arrays of `programs.prefill` for the next chunk of rows, by their index in the call."""
     size, chunk = config.prefill_rows, config.prefill_chunk
     tokens = np.zeros((size, chunk), np.int32)
     lengths, counts = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for i, row in enumerate(rows):
+    for i, row in rows.items():
         part = row.tokens[row.cached : row.cached + chunk]
         tokens[i, : len(part)] = part
         lengths[i], counts[i] = row.cached, len(part)
-    table = _table(dict(enumerate(rows)), size, config)
+    table = _table(rows, size, config)
     return {"table": table, "lengths": lengths, "tokens": tokens, "counts": counts}
 
 
 def first_token_arrays(
-    rows: Sequence[Row], config: ServingConfig
+    rows: Mapping[int, Row], config: ServingConfig
 ) -> tuple[RowSelection, np.ndarray]:
     """`selection` and `words` of `programs.first_tokens` for the rows of `prefill_arrays`."""
-    by_index = dict(enumerate(rows))
-    selection = _selection(by_index, config.prefill_rows)
-    return selection, _words(by_index, config.prefill_rows, count=1)[0]
+    selection = _selection(rows, config.prefill_rows)
+    return selection, _words(rows, config.prefill_rows, count=1)[:, 0]
 
 
 def decode_arrays(
@@ -146,9 +144,9 @@ def _selection(rows: Mapping[int, Row], size: int) -> RowSelection:
 
 
 def _words(rows: Mapping[int, Row], size: int, count: int) -> np.ndarray:
-    """The random states of the next tokens of each row, uint32 `[count, size, 4]`."""
-    words = np.zeros((count, size, 4), np.uint32)
+    """The random states of the next tokens of each row, uint32 `[size, count, 4]`."""
+    words = np.zeros((size, count, 4), np.uint32)
     for i, row in rows.items():
         if row.ticket.request.sampling.temperature > 0:
-            words[:, i] = row.random_words(count)
+            words[i] = row.random_words(count)
     return words

@@ -188,9 +188,8 @@ def _choose_all(logits: Array, rows: DecodeRows, made: Array, top: int) -> Chose
     selection, words = rows.selection, None
     if selection is not None:
         selection = jax.tree.map(lambda setting: jnp.repeat(setting, width), selection)
-        by_row = jnp.swapaxes(rows.words, 0, 1)
         index = made[:, None] + jnp.arange(width, dtype=jnp.int32)
-        words = jnp.take_along_axis(by_row, index[:, :, None], axis=1, mode="clip")
+        words = jnp.take_along_axis(rows.words, index[:, :, None], axis=1, mode="clip")
         words = words.reshape(batch * width, -1)
     flat = choose(logits.reshape(batch * width, vocabulary), selection, words, top)
     return jax.tree.map(lambda x: x.reshape(batch, width, *x.shape[1:]), flat)

@@ -11,7 +11,7 @@ import pytest
 def test_examples() -> None:
     text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     scope: dict[str, Any] = {"__name__": "example"}
     for block in blocks:
         exec(compile(block, "generation.md", "exec"), scope)

@@ -31,7 +31,7 @@ from jax_tkg.sampling import Greedy
 from jax_tkg.sharding import AttentionSharding
 from tests.calls import quickly
 from tests.generation.test_compilations import Count
-from tests.generation.tiny_model import VOCAB, PagedModel, TinyModel
+from tests.generation.tiny_model import VOCAB, PagedModel, TinyModel, pytree_of_its_own
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -228,14 +228,12 @@ def test_caches_hold_what_was_accepted(
     assert held == [p + e[:n] for p, e, n in zip(PROMPTS, expected, [4, 13, 13, 13], strict=True)]
 
 
+@pytree_of_its_own
 class Keeping(TinyModel):
     """Takes nothing back."""
 
     def truncate_caches(self, caches: Any, lengths: jax.Array) -> Any:
         return caches
-
-
-jax.tree_util.register_dataclass(Keeping, data_fields=["embed", "layers", "output"], meta_fields=[])
 
 
 def as_kind(kind: type[TinyModel], model: TinyModel) -> TinyModel:
@@ -364,6 +362,7 @@ class Drawing:
         raise NotImplementedError
 
 
+@pytree_of_its_own
 class Stored(TinyModel):
     def init_caches(self, batch: int, capacity: int, **options: Any) -> Any:
         return jnp.zeros((batch, capacity))
@@ -372,9 +371,6 @@ class Stored(TinyModel):
 class Mute:
     init_caches = TinyModel.init_caches
     next_token_logits = TinyModel.next_token_logits
-
-
-jax.tree_util.register_dataclass(Stored, data_fields=["embed", "layers", "output"], meta_fields=[])
 
 
 @pytest.mark.usefixtures("no_shape_checks")

@@ -23,6 +23,7 @@ from jax_tkg.generation.verification import (
     verify,
 )
 from tests.calls import quickly
+from tests.generation.tiny_model import pytree_of_its_own
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -301,14 +302,13 @@ class Chain:
         return filtered(selector, logits[None])[0]
 
 
+@pytree_of_its_own
 class Forgetful(Chain):
     """Takes nothing back."""
 
     def truncate_caches(self, caches: Any, lengths: jax.Array) -> Any:
         return caches
 
-
-jax.tree_util.register_dataclass(Forgetful, data_fields=["table"], meta_fields=[])
 
 PROMPT, ROWS, NEW = [1, 2, 0, 1, 3, 1, 2], 6000, 4
 SELECTOR = Sample(temperature=0.8, top_k=3)

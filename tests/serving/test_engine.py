@@ -106,7 +106,7 @@ def test_sampled_requests_among_them_change_nothing(engine: Engine) -> None:
 
 def test_the_compilations_are_counted(engine: Engine) -> None:
     compiled = len(_compilations)
-    engine._first_tokens([], jnp.zeros((1, VOCAB + 1)))
+    engine._first_tokens({}, jnp.zeros((1, VOCAB + 1)))
     assert len(_compilations) > compiled
 
 
@@ -386,7 +386,7 @@ def test_a_pool_too_small_for_a_request() -> None:
 
 def test_a_row_reads_and_writes_its_own_pages_alone() -> None:
     ids, mine = prompt(18), [9, 2, 13, 5, 7, 0]
-    arrays = prefill_arrays([], CONFIG)
+    arrays = prefill_arrays({}, CONFIG)
     arrays["table"][0, : len(mine)] = mine
     pools = programs.make_pools(MODEL, CONFIG, {})
     pools = jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), pools)

@@ -17,7 +17,7 @@ from jax_tkg.sampling import RowSelection
 from jax_tkg.serving import ServingConfig, programs
 from jax_tkg.serving.rows import decode_arrays, prefill_arrays
 from tests.compiling import AS_USERS
-from tests.generation.tiny_model import HEAD_DIM, HEADS, VOCAB
+from tests.generation.tiny_model import HEAD_DIM, HEADS, VOCAB, pytree_of_its_own
 from tests.hlo import cache_copies
 from tests.serving.tiny import CONFIG, MODEL, SAMPLED
 
@@ -47,7 +47,7 @@ def test_neuron_can_run_the_decode_call(config: ServingConfig, sampled: bool) ->
 @pytest.mark.parametrize("config", [CONFIG, LARGE], ids=["small", "large"])
 def test_neuron_can_run_the_prefill_call(config: ServingConfig) -> None:
     pools = programs.make_pools(MODEL, config, {"dtype": jnp.int8})
-    assert neuron.check(programs.prefill, MODEL, pools, **prefill_arrays([], config)) == ()
+    assert neuron.check(programs.prefill, MODEL, pools, **prefill_arrays({}, config)) == ()
 
 
 def test_neuron_can_choose_first_tokens() -> None:
@@ -57,12 +57,12 @@ def test_neuron_can_choose_first_tokens() -> None:
 
 
 def test_what_neuron_cannot_run_would_be_found() -> None:
+    @pytree_of_its_own
     class Argmax(type(MODEL)):  # type: ignore[misc]
         def next_token_logits(self, *arguments: Any) -> Any:
             logits, caches = super().next_token_logits(*arguments)
             return logits + jnp.argmax(logits, axis=-1).astype(jnp.float32)[:, None], caches
 
-    jax.tree_util.register_dataclass(Argmax, ["embed", "layers", "output"], [])
     model = Argmax(MODEL.embed, MODEL.layers, MODEL.output)
     pools = programs.make_pools(model, CONFIG, {})
     assert neuron.check(decode_with(CONFIG), model, pools, decode_arrays([], CONFIG))
@@ -79,14 +79,14 @@ def test_the_decode_call_copies_no_page() -> None:
 
 def test_nor_does_the_prefill_call() -> None:
     pools = programs.make_pools(MODEL, LARGE, {"dtype": "bfloat16"})
-    compiled = programs.prefill.lower(MODEL, pools, **prefill_arrays([], LARGE)).compile(AS_USERS)
+    compiled = programs.prefill.lower(MODEL, pools, **prefill_arrays({}, LARGE)).compile(AS_USERS)
     assert cache_copies(compiled, pools) == []
 
 
 def test_a_missing_donation_is_found() -> None:
     pools = programs.make_pools(MODEL, LARGE, {"dtype": "bfloat16"})
     compiled = jax.jit(programs.prefill.__wrapped__).lower(
-        MODEL, pools, **prefill_arrays([], LARGE)
+        MODEL, pools, **prefill_arrays({}, LARGE)
     )
     assert "copy" in cache_copies(compiled.compile(AS_USERS), pools)
 
@@ -97,7 +97,7 @@ def test_a_missing_donation_is_found() -> None:
 def test_attention_stops_at_the_live_length() -> None:
     """The cost follows the tokens of each row, not what its page table could hold."""
     pools = programs.make_pools(MODEL, LARGE, {})
-    arrays = prefill_arrays([], LARGE)
+    arrays = prefill_arrays({}, LARGE)
     cache = programs.bound(pools, *(jnp.asarray(arrays[x]) for x in ("table", "lengths")))[0]
     query = jax.ShapeDtypeStruct((1, 1, HEADS, HEAD_DIM), jnp.float32)
     assert "each row to its own length" in str(jax_tkg.explain(query, cache))

@@ -81,7 +81,7 @@ def drain(engine: Engine) -> None:
         drafts = engine.speculation.drafted
         engine.step()
         if engine.speculation.drafted > drafts:
-            for row in engine._rows.values():
+            for row in engine._places.rows.values():
                 assert len(row.pages.pages) == engine.config.pages_for(row.cached)
 
 
@@ -237,10 +237,10 @@ def deviation(words: np.ndarray) -> float:
 
 
 def test_the_distribution_is_that_of_the_model() -> None:
-    words = np.random.default_rng(0).integers(0, 2**32, (9, ROWS, 4), np.uint32)
+    words = np.random.default_rng(0).integers(0, 2**32, (ROWS, 9, 4), np.uint32)
     assert deviation(words) < 4
     # With one random state for all places of a row, what follows a draft depends on it.
-    assert deviation(np.broadcast_to(words[:1], words.shape)) > 20
+    assert deviation(np.broadcast_to(words[:, :1], words.shape)) > 20
 
 
 def test_a_draft_is_accepted_if_it_is_chosen() -> None:
