@@ -39,7 +39,7 @@ def empty(kind: str, dtype: str, **options: Any) -> KVCache:
         options |= {"k_scale": jnp.array([0.013, 0.7]), "v_scale": jnp.float32(0.002)}
     given = {"value_head_dim": VALUE_WIDTH, "dtype": dtype} | options
     if kind == "ring":
-        return RingKVCache.create(BATCH, 8, HEADS, WIDTH, **given)
+        return RingKVCache.create(BATCH, 8, HEADS, WIDTH, layout="BKSH", **given)
     if kind == "paged":
         return PagedKVCache.create(BATCH, 7, 4, 3, HEADS, WIDTH, **given)
     return KVCache.create(BATCH, 12, HEADS, WIDTH, layout=kind, **given)
