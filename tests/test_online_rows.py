@@ -182,6 +182,19 @@ def test_one_dot_copies_nothing(layout: str) -> None:
     assert program.memory_analysis().temp_size_in_bytes < 2**21
 
 
+@pytest.mark.parametrize("layout", ["BKSH", "BKHS"])
+def test_one_dot_without_lengths_copies_nothing(layout: str) -> None:
+    axes = DENSE_LAYOUTS[layout]
+    sizes = {"B": 1, "S": 8192, "K": 3, "H": 64}
+    arrays = (
+        jax.ShapeDtypeStruct([sizes[a] for a in names], jnp.float32)
+        for names in (axes.key_axes, axes.value_axes)
+    )
+    query, kv = jax.ShapeDtypeStruct((1, 1, 9, 64), jnp.float32), axes(*arrays)
+    program: Any = jax.jit(jax_tkg.attention_tkg).lower(query, kv).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**21
+
+
 def native(layout: str, dtype: Any, slots: int, width: int) -> KVLayout:
     """A cache that holds its dtype's own numbers; NaN in the last 7 slots."""
     rng = np.random.default_rng(2)

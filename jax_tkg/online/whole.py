@@ -60,9 +60,6 @@ class _WholeStep(BlockStep):
         return value
 
     def _products(self, key: Array) -> Array:
-        if self.problem.kv.keys_transposed:
-            # Turned back: XLA:CPU does not see through the reshape that joins rows and heads.
-            return self._dot(self.query, jnp.swapaxes(key, 2, 3), contract=2)
         if self.problem.kv.heads_contiguous:
             return super()._products(key)
         # Each query with the keys of every head, of which its own are kept: K times the products,
