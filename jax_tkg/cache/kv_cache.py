@@ -32,10 +32,11 @@ register_cache = partial(
 )
 """Makes a cache dataclass a pytree whose sharding is static."""
 
-CPU_TRANSPOSED_WIDTH = 64
-"""Widest heads whose keys are better kept transposed on CPU. Measured, keys and values of a decode
-step: float32 1.05 to 1.4 times as fast where all are live, 1.02 to 1.15 where fewer are; bfloat16
-1.03 to 1.06, but of heads of 128 0.92 to 0.97."""
+CPU_TRANSPOSED_WIDTH, CPU_TRANSPOSED_BFLOAT16 = 64, 96
+"""Widest heads whose keys are better kept transposed on CPU, in general and in bfloat16. Measured,
+keys and values of a decode step: float32 1.05 to 1.4 times as fast where all are live, 1.02 to 1.15
+where fewer are, but of heads of 80 and 96 0.89 to 1.05; bfloat16 1.0 to 1.06, of heads of 80 and 96
+0.98 to 1.13, but of 128 0.91 to 0.98."""
 
 
 @register_cache
@@ -86,7 +87,7 @@ class KVCache:
             value_head_dim: Hv, by default H.
             dtype: float32, bfloat16, float16, int8, float8_e4m3fn, float8_e4m3 or float8_e5m2.
             layout: "BKSH", "BSKH" or "BKHS", or the class; by default BKSH, and BKHS on CPU for
-                heads of up to 64 that no mesh splits.
+                heads of up to 64 (bfloat16: 96) that no mesh splits.
             k_scale: for 8-bit types, float32 `[]` or `[K]`: a key is `stored * k_scale`.
             v_scale: likewise for values.
             as_bits: keep bfloat16, float16 and 8-bit floats as raw bits; by default on CPU, where
@@ -103,10 +104,10 @@ class KVCache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_sizes(batch=batch, capacity=capacity, num_kv_heads=num_kv_heads)
         check_sizes(head_dim=head_dim, value_head_dim=value_head_dim)
-        if layout is None:
-            layout = fastest_layout(head_dim, sharding)
-        layout_cls = dense_layout(layout)
         logical, stored = cache_dtypes(dtype, as_bits)
+        if layout is None:
+            layout = fastest_layout(head_dim, logical, sharding)
+        layout_cls = dense_layout(layout)
         new = sharded.Maker(sharding, batch=batch, slots=capacity, num_kv_heads=num_kv_heads)
         sizes = {"B": batch, "S": capacity, "K": num_kv_heads, "H": head_dim}
         value_sizes = sizes | {"H": value_head_dim}
@@ -369,13 +370,16 @@ def _with_starts(cache: KVCache, starts: Array) -> KVCache:
     return replace(cache, starts=jnp.maximum(starts, 0))
 
 
-def fastest_layout(head_dim: int, sharding: AttentionSharding | None) -> type[DenseLayout]:
+def fastest_layout(
+    head_dim: int, dtype: np.dtype, sharding: AttentionSharding | None
+) -> type[DenseLayout]:
     """The layout of a new cache whose user names none; nothing was measured off the CPU.
 
     On a mesh of CPUs jax 0.7 copies transposed keys to append to them.
     """
     on_cpu = jax.default_backend() == "cpu" and sharding is None
-    return BKHS if on_cpu and head_dim <= CPU_TRANSPOSED_WIDTH else BKSH
+    widest = CPU_TRANSPOSED_BFLOAT16 if dtype == jnp.bfloat16 else CPU_TRANSPOSED_WIDTH
+    return BKHS if on_cpu and head_dim <= widest else BKSH
 
 
 def dense_layout(layout: str | type[DenseLayout]) -> type[DenseLayout]:

@@ -192,6 +192,8 @@ def test_the_layout_of_whoever_names_none() -> None:
     assert isinstance(from_width(64, value_head_dim=128).kv, jax_tkg.BKHS)
     assert isinstance(RingKVCache.create(1, 8, 2, 64).kv, jax_tkg.BKHS)
     assert isinstance(from_width(65).kv, jax_tkg.BKSH)
+    assert isinstance(from_width(96, dtype=jnp.bfloat16).kv, jax_tkg.BKHS)
+    assert isinstance(from_width(97, dtype=jnp.bfloat16).kv, jax_tkg.BKSH)
     assert isinstance(from_width(64, layout="BKSH").kv, jax_tkg.BKSH)
     mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
     split = jax_tkg.AttentionSharding(mesh, heads="tensor")
