@@ -424,6 +424,15 @@ def write_csv(path: Path, done: list[Comparison]) -> None:
             writer.writerow([one.row.number, one.row, *figures, one.roofline, one.plan, reasons])
 
 
+def chosen_rows(which: str) -> list[Row]:
+    """Lines of the public kernel's counters: "first:end", or one number."""
+    with PUBLIC.open(newline="") as file:
+        rows = [Row.read(i, line) for i, line in enumerate(csv.DictReader(file))]
+    first, colon, end = which.partition(":")
+    start = int(first or 0)
+    return rows[start : int(end or len(rows)) if colon else start + 1]
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=inspect.getdoc(inspect.getmodule(main)))
@@ -435,13 +444,8 @@ def main() -> None:
     parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too")
     parser.add_argument("--csv", type=Path, help="where to write all figures")
     given = parser.parse_args()
-    first, colon, end = given.rows.partition(":")
-    with PUBLIC.open(newline="") as file:
-        rows = [Row.read(i, line) for i, line in enumerate(csv.DictReader(file))]
-    start = int(first or 0)
-    chosen = rows[start : int(end or len(rows)) if colon else start + 1][:: given.every]
     console, done = Console(width=200), []
-    for row in chosen:
+    for row in chosen_rows(given.rows)[:: given.every]:
         found = compare(
             row,
             given.exchange,
