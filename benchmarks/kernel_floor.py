@@ -43,17 +43,16 @@ from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.interpreter.report import timing
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowGroup
-from jax_tkg.nki.steps.finalize import store
-from jax_tkg.nki.steps.live import STARTS
-from jax_tkg.nki.steps.load import (
+from jax_tkg.nki.steps.cached import (
     cache_source,
-    find_pages,
-    gathers_turned,
     load_keys,
     load_rows,
     loads_by_rows,
     operand_dtype,
 )
+from jax_tkg.nki.steps.finalize import store
+from jax_tkg.nki.steps.live import STARTS
+from jax_tkg.nki.steps.pages import find_pages
 from jax_tkg.nki.tiles import KeyTile
 
 Tiles = Callable[[int, RowGroup], list[tuple[KeyTile, int]]]
@@ -109,14 +108,16 @@ def load_tile(
     pages, dtype, values = find_pages(inputs, tile, place, group, plan), inputs.query.dtype, None
     for i in range(group.pairs):
         source = cache_source(inputs, pages, group, i, plan)
-        if not loads_by_rows(source, dtype) or gathers_turned(source, dtype, tile.cached[0]):
+        if not loads_by_rows(source, dtype):
             load_keys(source, dtype, tile, place, plan)
         else:
             for k in range(len(tile.cached)):
-                load_rows(source.keys, source, plan.head_dim, dtype, k, place, tile)
+                load_rows(source.keys, source, plan.head_dim, dtype, k, 0, place, tile)
         stored = operand_dtype(source.values, dtype)
         for k in range(len(tile.cached)):
-            values = load_rows(source.values, source, plan.value_head_dim, stored, k, place, tile)
+            apart = tile.apart if i == group.pairs - 1 and k == 0 else 0
+            width = plan.value_head_dim
+            values = load_rows(source.values, source, width, stored, k, apart, place, tile)
     return values
 
 
@@ -130,7 +131,7 @@ def tiles_of(launch: Launch) -> Tiles:
     def tiles(program: int, group: RowGroup) -> list[tuple[KeyTile, int]]:
         if live is None or plan.live is None:
             known = plan.shares[program].tiles
-            return [(tile, tile.start // max(1, plan.run)) for tile in known if tile.cached]
+            return [(tile, tile.start // max(1, plan.runs.long)) for tile in known if tile.cached]
         mine = live[program, group.first_batch]
         rounds = int(mine[STARTS - 1])
         return [(plan.live.full, int(start)) for start in mine[STARTS : STARTS + rounds]]

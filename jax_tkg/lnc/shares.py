@@ -47,7 +47,7 @@ class Split:
 
 def split_of(plan: "KernelPlan", unit: int = 1) -> Split:
     """What a plan splits; slices begin and end at multiples of `unit`, for whole pages."""
-    from jax_tkg.nki.plan import pairs_of, slots_of
+    from jax_tkg.nki.programs import pairs_of, slots_of
 
     programs = range(plan.programs)
     if plan.sharding == "batch":
@@ -55,7 +55,7 @@ def split_of(plan: "KernelPlan", unit: int = 1) -> Split:
         letter, i, size = ("B", 0, plan.batch) if plan.batch > 1 else ("K", 1, plan.kv_heads)
         return _split(letter, tuple(pair[i] for pair in pairs), size, 1)
     if plan.sharding == "sequence" and plan.live is None:
-        parts = [slots_of(plan.sharding, p, plan.slots, plan.run or 1) for p in programs]
+        parts = [slots_of(plan.sharding, p, plan.slots, plan.runs.long or 1) for p in programs]
         return _split("S", tuple(parts), plan.slots, unit)
     return Split("", ((0, 0),) * plan.programs, (0,) * plan.programs, 0)
 

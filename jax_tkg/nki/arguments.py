@@ -15,7 +15,7 @@ from jax_tkg.cache.layouts import KVLayout
 from jax_tkg.cache.paged import Paged
 from jax_tkg.masks import NO_POSITION, default_query_positions
 from jax_tkg.nki.rope_call import rotary_table
-from jax_tkg.nki.tables import by_key, hidden_cached, hidden_new
+from jax_tkg.nki.tables import by_key, by_run, hidden_cached, hidden_new
 from jax_tkg.operands import Operands
 from jax_tkg.problem import AttentionProblem
 from jax_tkg.softmax import HIGHEST
@@ -28,6 +28,8 @@ NO_PAGE = -1
 LARGEST_BIAS = 1.0e38
 EXACT = 1 << 23
 LAYOUTS = ("BSKH", "BKSH", "BKHS", "paged")
+NARROW = ("float8_e4m3", "float8_e5m2")
+"""What the Tensor engine multiplies by 16-bit numbers as it is."""
 
 
 def kernel_limits(problem: AttentionProblem) -> str | None:
@@ -66,8 +68,8 @@ def plan_kernel(
         problem: what is to be computed.
         programs: 2 as on a logical core of two, or 1.
         exchange: of two programs that share a sequence: "deferred" or "every tile".
-        unseen_values: what values may be in slots that no query sees: "any", NaN too, or "finite",
-            as other kernels demand it; that saves the work of clearing them.
+        unseen_values: what keys and values may be in slots that no query sees: "any", NaN too, or
+            "finite", as other kernels demand it; that saves the work of clearing them.
         has_scales: keys or values are stored with a scale.
 
     Raises:
@@ -120,7 +122,14 @@ def plan_kernel(
         exchange=exchange,
         most_live=None if problem.has_query_positions else rule.reach(problem.num_tokens),
         page_len=problem.kv.slot_multiple if problem.kv.name == "paged" else 0,
+        key_bytes=key_bytes(problem),
     )
+
+
+def key_bytes(problem: AttentionProblem) -> int:
+    """Of a number of a cached key that waits for its matmul; what must be widened is wide."""
+    narrow = problem.kv.dtype.name in NARROW and problem.compute_dtype.itemsize == 2
+    return 1 if narrow else 2
 
 
 def hides_in_dense(problem: AttentionProblem) -> bool:
@@ -167,7 +176,6 @@ def kernel_arguments(
         "key": storage.logical(ops.kv.key, ops.kv.dtype),
         "value": storage.logical(ops.kv.value, ops.kv.dtype),
         "positions": key_positions,
-        "page_rows": None,
         "sinks": None if ops.sinks is None else _finite(ops.sinks),
         "hidden": None,
         "bias": None if ops.bias is None else by_key(biases(ops.bias), plan),
@@ -179,8 +187,7 @@ def kernel_arguments(
         seen = jnp.broadcast_to(seen, (*seen.shape[:2], problem.num_tokens, plan.slots))
         arrays["hidden"] = hidden_cached(~seen, plan)
     if isinstance(ops.kv, Paged):
-        rows = page_rows(ops.kv, plan.run)
-        arrays["page_rows"] = rows if plan.features.has_holes else jnp.maximum(rows, 0)
+        arrays |= _page_tables(ops.kv, plan)
     if problem.has_new_kv:
         arrays |= _new_arrays(problem, ops, plan, positions, start, total)
     if problem.rope is not None:
@@ -297,8 +304,21 @@ def _scales(problem: AttentionProblem, ops: Operands) -> dict[str, Array]:
     return arrays
 
 
+def _page_tables(kv: Paged, plan: "KernelPlan") -> dict[str, Array]:
+    """Where the runs of both lengths are, if there are two."""
+    tables = {}
+    for name, run in (("page_rows", plan.runs.long), ("short_rows", plan.runs.short)):
+        if name == "page_rows" or run < plan.runs.long:
+            rows = page_rows(kv, run)
+            tables[name] = by_run(rows if plan.features.has_holes else jnp.maximum(rows, 0), plan)
+    return tables
+
+
 def page_rows(kv: Paged, run: int) -> Array:
-    """Where a kernel finds every `run` slots of a paged cache: see `Inputs.page_rows`."""
+    """Where a kernel finds every `run` slots of a paged cache, `[B, K, S / run]`.
+
+    As rows of a pool seen as `[rows, run * H]`; -1 where there is no page.
+    """
     _, heads, page_len, _ = kv.key.shape
     runs = page_len // run
     pages = kv.page_indices.astype(jnp.int32)[:, None, :, None]

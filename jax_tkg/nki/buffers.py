@@ -29,8 +29,10 @@ class Inputs(nl.NKIObject):
         constants: float32 `[programs, n]`: one after the other, what `KernelPlan.constants` names;
             for their meaning see `Constants`.
         positions: int32 `[B, S]`, position of each slot; None where slot s holds position s.
-        page_rows: int32 `[B, K, S / n]`: of a paged cache, the row of every n slots in the pool
-            seen as `[rows, n * H]`; -1 where there is no page.
+        page_rows: int32 `[B / b, S / n, b, K]`: of a paged cache, the row of every n slots, the
+            plan's long run, in the pool seen as `[rows, n * H]`; -1 where there is no page. b are
+            the sequences of every row group, or 1: what a partition reads is then one piece.
+        short_rows: the same of the short runs, where the plan has others.
         new_key, new_value: `[B, T, K, H]` and `[B, T, K, Hv]` beside the cache; values that no
             token sees are finite.
         new_hidden: uint8 `[T, B, N|1, ceil(T / 8)]`, bit t % 8 of byte t // 8 is 1 where token t
@@ -60,6 +62,7 @@ class Inputs(nl.NKIObject):
     constants: Any
     positions: Any
     page_rows: Any
+    short_rows: Any
     new_key: Any
     new_value: Any
     new_hidden: Any
@@ -77,17 +80,18 @@ class KeySource(nl.NKIObject):
     """Where the cached keys and values of a pair lie.
 
     Attributes:
-        keys: `[S, H]`, or `[H, S]` where they are transposed, or a pool `[rows, n * H]`.
-        values: `[S, Hv]` or a pool.
+        keys: `[S, H]`, or `[H, S]` where they are transposed; or of a whole pool of pages.
+        values: `[S, Hv]`, likewise.
         is_transposed: see `keys`.
-        run: slots in a row of the pool where they lie in one, else 0.
-        rows: of a tile in a pool, int32 `[128, columns / run]`: the rows of each partition.
+        in_pairs: DMA transposes pairs of channels, see `turns_pairs`.
+        rows: of a tile in a pool, int32 `[128, gathers]`: the row of each partition, in the pool as
+            rows of the gather's run; else None.
     """
 
     keys: Any
     values: Any
     is_transposed: bool
-    run: int
+    in_pairs: bool
     rows: Any
 
 
@@ -96,8 +100,8 @@ class Pages(nl.NKIObject):
     """Where a row group finds the cached keys of a tile in a pool of pages.
 
     Attributes:
-        rows: int32 `[128, b, k, columns / run]`: the rows of each partition.
-        holes: float32 `[128, columns / run, b]`: `NOWHERE` where there is no page, else 0; None
+        rows: int32 `[128, gathers, b, k]`: the row of each partition.
+        holes: float32 `[128, gathers, b]`: `NOWHERE` where there is no page, else 0; None
             where that cannot be.
     """
 
@@ -110,7 +114,7 @@ class NewKeys(nl.NKIObject):
     """The new keys of a row group, one entry for each piece of them.
 
     Attributes:
-        keys: lists of tiles `[h, pairs * keys]`, one for each chunk of 128 of H.
+        keys: lists of tiles `[h, pairs * keys]`, one for each of `channel_parts`.
         values: `[keys, pairs, Hv]`; or where all pairs are multiplied at once, lists of tiles
             `[hv, pairs]`, one for each chunk of 128 of Hv.
     """
@@ -124,21 +128,43 @@ class RowBuffers(nl.NKIObject):
     """The queries of some rows and what was found so far.
 
     Attributes:
-        query: one tile `[h, R]` for each chunk of 128 of H.
+        query: one tile `[h, R]` for each of `jax_tkg.nki.steps.load.channel_parts`.
+        query_pairs: `[128, 2, R]`, the queries of narrow heads for two keys, one below the other:
+            for the first in the lower half of the partitions, for the second in the upper, 0 in
+            the other one; or None.
         max: running maximum `[128, R]`, the same in every partition.
         sum: `[128, R]`, running sum of the keys that lie in each partition.
         output: one tile `[hv, R]` for each chunk of 128 of Hv, not yet divided by the sum.
         decay: what the last tile made of a weight 1 from before it, `[128, R]`.
-        new_key: one tile `[h, pairs * keys]` for each chunk of 128 of H, of the new keys that were
-            transposed together with the queries; or None.
+        new_key: likewise `[h, pairs * keys]`, of the new keys that were transposed together with
+            the queries; or None.
     """
 
     query: Any
+    query_pairs: Any
     max: Any
     sum: Any
     output: Any
     decay: Any
     new_key: Any
+
+
+@dataclass
+class Waiting(nl.NKIObject):
+    """Products of a tile that are not in the output of its rows yet.
+
+    Whoever adds those of the last one later leaves the Vector engine to sums until the last values
+    have arrived.
+
+    Attributes:
+        products: one tile `[hv, R]` for each chunk of 128 of Hv, in PSUM.
+        bufs: the rows.
+        is_first: their output holds nothing yet.
+    """
+
+    products: Any
+    bufs: RowBuffers
+    is_first: bool
 
 
 @dataclass
@@ -200,6 +226,10 @@ class Constants(nl.NKIObject):
             with a bit for each token or pair; None where there are none.
         ones: `[n, hv]`, 1 in the type of the queries, to add up n partitions in up to 128; or None.
         turns: of `load_turns`, or None.
+        slots: float32 `[128, columns]`, the slot of each key of a tile of a loop that starts at 0;
+            or None.
+        live_tiles: int32 `[1, sequences of this program, 3 + W]`, as in `Inputs`; or None.
+        first_pages: `Pages` of the first tile, if it is known and has any; or None.
     """
 
     low: Any
@@ -210,6 +240,9 @@ class Constants(nl.NKIObject):
     bits: Any
     ones: Any
     turns: Any
+    slots: Any
+    live_tiles: Any
+    first_pages: Any
 
 
 def chunks(size: int) -> list[tuple[int, int]]:

@@ -13,6 +13,39 @@ GAP = 4
 """Columns between two programs."""
 
 
+def in_a_line(plan: "KernelPlan") -> str:
+    """How a plan divides its problem."""
+    share = plan.shares[0]
+    groups = [g for block in share.blocks for g in block.groups]
+    if plan.live is not None:
+        kinds = [plan.live.full, plan.live.edge, plan.live.dirty]
+        keys = f"a loop over live tiles of {plan.live.full.keys}"
+    else:
+        kinds = [tile for every in plan.shares for tile in every.tiles]
+        largest = max((tile.keys for tile in share.tiles), default=0)
+        keys = f"{len(share.tiles)} tile(s) of up to {largest}"
+    together = {
+        "keys": max((t.key_columns for t in kinds), default=1),
+        "values": max((t.value_columns for t in kinds), default=1),
+    }
+    in_twos = " and ".join(what for what, columns in together.items() if columns > 1)
+    return (
+        f"{plan.programs} program(s), {plan.sharding} sharding ({plan.reason}), exchange "
+        f"{plan.exchange}; rows: {len(groups)} group(s) of up to {max(g.rows for g in groups)}, "
+        f"{len(share.blocks)} block(s); keys: {keys}"
+        f"{f', 2 columns of {in_twos} in a matmul' if in_twos else ''}{_runs(plan)}"
+    )
+
+
+def _runs(plan: "KernelPlan") -> str:
+    runs = plan.runs
+    if not runs.long:
+        return ""
+    shorter = f", of {runs.short} for what is left" if runs.short < runs.long else ""
+    at_once = ", two gathers of keys at once" if runs.together > 1 else ""
+    return f"; pages: in runs of {runs.long}{shorter}{at_once}"
+
+
 def describe(plan: "KernelPlan") -> str:
     """What the programs share and how, in lines indented to follow the plan's own."""
     lines = [sharing_of(plan).split] if plan.programs > 1 else []

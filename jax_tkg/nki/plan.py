@@ -9,11 +9,32 @@ value head_dim. A pair is one KV head of one sequence; its M = G * T logit rows 
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from jax_tkg.nki.describe import describe
+from jax_tkg.nki.choices import ONE_TILE_KEYS, choose_group_rows, loads_decide
+from jax_tkg.nki.describe import describe, in_a_line
 from jax_tkg.nki.dialect import nl
-from jax_tkg.nki.rows import BANK_ELEMENTS, PARTITIONS, RowBlock, blocks_of, row_groups
-from jax_tkg.nki.tiles import PAGED_RUN, KeyTile, key_tile, key_tiles, paged_run
+from jax_tkg.nki.packing import Packing, choose_packing
+from jax_tkg.nki.programs import choose_sharding, pairs_of, slots_of
+from jax_tkg.nki.rows import (
+    GROUP_ROWS,
+    PARTITIONS,
+    RowBlock,
+    RowGroup,
+    blocks_of,
+    row_groups,
+)
+from jax_tkg.nki.tiles import (
+    NO_RUNS,
+    KeyTile,
+    Runs,
+    choose_runs,
+    columns_of,
+    ending,
+    key_tile,
+    key_tiles,
+    whole_runs,
+)
 
 MAX_KEYS = 8192
 """Keys of a tile: with H = 128 in 16 bits, 16 KiB of keys and of values in each partition."""
@@ -21,25 +42,17 @@ MAX_KEYS = 8192
 NARROW_KEYS = 12288
 """The same where H and Hv are 64 or less: of values, half as many bytes lie in a partition."""
 
-PAGED_KEYS = 10240
-"""The same of pages: they arrive in gathers of a run, so that large tiles wait for nothing, and
-longer runs fit."""
+PAGED_KEYS = 12288
+"""The same of pages: they arrive in gathers of a run, so that large tiles wait for nothing."""
 
-LOGIT_BANKS = 4
-"""Banks of PSUM for the logits of cached keys in a tile: half of all. Each holds whole columns."""
-
-ONE_TILE_KEYS = 2048
-"""A program's part of a cache up to this size is one tile and not a loop over live ones."""
+LOOP_COLUMNS = 16
+"""Columns that a program's part of a paged cache must have for a loop."""
 
 NEW_TOGETHER = 4
 """Pairs of a row group from which on their new keys are multiplied at once."""
 
 WINDOW_FACTOR = 4
 """A cache of more windows than that is worth a loop, whatever its size."""
-
-BATCH_RULE_ROWS = 128
-SEQUENCE_RULE_SLOTS = 256
-"""The public kernel's rule: see `choose_sharding`."""
 
 EXCHANGES = ("deferred", "every tile")
 LOOPS = (None, "static", "runtime")
@@ -53,7 +66,8 @@ class LiveTiles(nl.NKIObject):
         full: tile in which every row sees every key.
         edge: tile in which every key is seen by some row.
         dirty: tile in which some keys may be seen by none.
-        unit: slots that a start counts in: 1, or the run of a paged cache.
+        last: these three for the last sequence of a block, see `ending`.
+        unit: slots that a start counts in: 1, or the long run of a paged cache.
         width: rounds that a sequence takes at most, W of `Inputs.live_tiles`.
         sharers: programs that share the tiles of a sequence.
     """
@@ -61,6 +75,7 @@ class LiveTiles(nl.NKIObject):
     full: KeyTile
     edge: KeyTile
     dirty: KeyTile
+    last: tuple[KeyTile, ...]
     unit: int
     width: int
     sharers: int
@@ -100,7 +115,7 @@ class Features(nl.NKIObject):
         rotary: the kernel rotates queries and new keys: "half" (channel i with i + pairs),
             "interleaved" (2i with 2i + 1) or None.
         is_ragged: which slots are live is known at run time only.
-        clears_values: slots that no row sees may hold anything, NaN too.
+        clears_values: slots that no row sees may hold anything, NaN too, in keys and values.
         returns_lse: the kernel returns the log-sum-exp too; without it, it cannot rotate.
     """
 
@@ -149,11 +164,14 @@ class KernelPlan(nl.NKIObject):
         sharding: "none", "batch" (sequences or pairs), "sequence" (keys) or "same" (both do all).
         exchange: "deferred" (three at the end) or "every tile" (two a tile and one).
         shares: one for each program.
-        run: slots that a gather reads at once from a paged cache; else 0.
+        runs: slots that a gather reads at once from a paged cache.
         group: G.
         raw_unit: what a number of a tile is worth in logits after scales and soft cap.
         logit_unit: the same once a bias was added; see `shape_logits`.
+        packing: from how many columns on tiles have two of them in a matmul, as narrow heads can.
+        has_query_pairs: some tile has two columns of keys in a matmul: see `RowBuffers`.
         every_tile: programs agree on maximum and sum after every tile.
+        new_keys_follow: in a loop, the new keys come after the first of several sequences.
         new_pairs: of the largest row group, if the new keys of all its pairs are multiplied at
             once, as those of one token are from `NEW_TOGETHER` pairs on; else 0.
         live: the loop over live tiles, or None where all tiles are known.
@@ -176,11 +194,14 @@ class KernelPlan(nl.NKIObject):
     sharding: str
     exchange: str
     shares: tuple[Share, ...]
-    run: int
+    runs: Runs
     group: int
     raw_unit: float
     logit_unit: float
+    packing: Packing
+    has_query_pairs: bool
     every_tile: bool
+    new_keys_follow: bool
     new_pairs: int
     live: LiveTiles | None
     constants: tuple[Numbers, ...]
@@ -193,38 +214,18 @@ class KernelPlan(nl.NKIObject):
         return self.text + "\n" + self.diagram
 
 
-def choose_sharding(
-    programs: int, batch: int, pairs: int, rows: int, slots: int, is_loop: bool, most_live: int
-) -> tuple[str, str]:
-    """How two programs share the work, and why.
-
-    The rule of the public kernel: by batch if it is even and there are more than 128 rows or fewer
-    than 256 slots; else by sequence from 256 slots on. Beyond it: short caches with several pairs
-    are shared by pairs also when the batch is odd. A loop over live tiles is shared by sequence:
-    both programs then make equally many rounds, as they must, whatever the lengths. But where a
-    window leaves each sequence a tile or so to read, sequences take equally long by themselves.
-    """
-    if programs == 1:
-        return "none", "one program"
-    if is_loop and batch % 2 == 0 and most_live <= min(ONE_TILE_KEYS, slots - 1):
-        return "batch", f"a loop over at most {most_live} live keys of each, even batch"
-    if is_loop:
-        return "sequence", "a loop over live keys"
-    if batch % 2 == 0 and (rows > BATCH_RULE_ROWS or slots < SEQUENCE_RULE_SLOTS):
-        return "batch", f"even batch, {rows} rows, {slots} slots"
-    if slots >= SEQUENCE_RULE_SLOTS:
-        return "sequence", f"{slots} slots"
-    if pairs > 1:
-        return "batch", f"{pairs} pairs, only {slots} slots"
-    return "same", f"one pair and only {slots} slots"
-
-
-def choose_loop(features: Features, slots: int, programs: int, most_live: int) -> bool:
+def choose_loop(
+    loop: str | None, features: Features, slots: int, programs: int, most_live: int, page_len: int
+) -> bool:
     """Whether tiles are chosen at run time: they follow the live keys and not the bucket.
 
-    Dense masks and given positions say nothing cheap about what is live. A small cache is not
-    worth a loop, unless a window leaves most of it dead.
+    `loop` says so unless it is None. Dense masks and given positions say nothing cheap about what
+    is live. A small cache is not worth a loop, unless a window leaves most of it dead.
     """
+    if loop is not None:
+        return loop == "runtime"
+    if slots <= PARTITIONS * programs * (LOOP_COLUMNS if page_len else 1):
+        return False
     if not features.is_ragged or features.has_mask or features.has_bias or features.has_positions:
         return False
     return slots > ONE_TILE_KEYS * programs or slots > WINDOW_FACTOR * most_live
@@ -247,68 +248,121 @@ def make_plan(
     max_keys: int | None = None,
     most_live: int | None = None,
     page_len: int = 0,
+    key_bytes: int = 2,
 ) -> KernelPlan:
     """Plans a problem; for the sizes see `KernelPlan`.
 
-    Tiles hold up to `max_keys` keys, `MAX_KEYS` or `PAGED_KEYS` unless given; at most `most_live`
-    of a sequence are live. `loop` says "static" or "runtime"; None chooses, see `choose_loop`.
+    Tiles hold up to `max_keys` keys, `MAX_KEYS` or `PAGED_KEYS` unless given, twice as many where
+    `key_bytes`, of a number of a key that waits for its matmul, are 1; at most `most_live` of a
+    sequence are live. `loop` says "static" or "runtime"; None chooses, see `choose_loop`.
 
     Raises:
         ValueError: if T is more than 512, or an option has no such value.
     """
     _check_options(exchange, loop, features)
     live_slots = slots if most_live is None else min(slots, most_live)
-    is_loop = loop == "runtime"
-    if loop is None and slots > PARTITIONS * programs * (PAGED_RUN if page_len else 1):
-        is_loop = choose_loop(features, slots, programs, live_slots)
+    is_loop = choose_loop(loop, features, slots, programs, live_slots, page_len)
     sharding, reason = choose_sharding(
         programs, batch, batch * kv_heads, batch * heads * tokens, slots, is_loop, live_slots
     )
-    sharers = programs if sharding == "sequence" else 1
-    group, blocks = heads // kv_heads, []
-    for program in range(programs):
-        ranges = pairs_of(sharding, program, batch, kv_heads)
-        blocks.append(blocks_of(row_groups(*ranges, group, tokens), group, value_head_dim))
-    side_by_side = [b.sequences if is_loop else b.groups for mine in blocks for b in mine]
-    widest = max(g.rows for groups in side_by_side for g in groups)
-    max_keys = max_keys or _most_keys(max(head_dim, value_head_dim), page_len)
-    most = max(1, min(max_keys // PARTITIONS, LOGIT_BANKS * (BANK_ELEMENTS // widest)))
-    share = math.ceil(slots / sharers)
+    sharers, group = programs if sharding == "sequence" else 1, heads // kv_heads
+    max_keys = max_keys or _most_keys(max(head_dim, value_head_dim), page_len) * 2 // key_bytes
+    share, widths = math.ceil(slots / sharers), (head_dim, value_head_dim)
+    ranges = [pairs_of(sharding, program, batch, kv_heads) for program in range(programs)]
+    group_rows = GROUP_ROWS
+    if not (is_loop or page_len):
+        group_rows = choose_group_rows(ranges[0], group, tokens, share, max_keys, *widths)
+    together = is_loop or sharding == "sequence"
+    every = [row_groups(*mine, group, tokens, group_rows) for mine in ranges]
+    blocks = [blocks_of(mine, group, value_head_dim, together=together) for mine in every]
+    groups = [g for mine in blocks for b in mine for g in (b.sequences if is_loop else b.groups)]
+    most = columns_of(max(g.rows for g in groups), head_dim, max_keys)
     if is_loop:  # whose tiles are equal
         share = math.ceil(share / math.ceil(share / (PARTITIONS * most)))
-    run = paged_run(page_len, most, share) if page_len else 0
-    tiles = _known_tiles(sharding, programs, 0 if is_loop else slots, tokens, most, run, features)
+    runs = NO_RUNS
+    if page_len:
+        live_share = math.ceil(live_slots / sharers) if is_loop else None
+        runs = choose_runs(page_len, most, share, live_share, head_dim, key_bytes)
+    columns = math.ceil(min(share, live_slots) / PARTITIONS)
+    packing = _packing(features, widths, layout, key_bytes, columns, groups)
     live = None
     if is_loop:
-        most = max(run, min(most, math.ceil(live_slots / (PARTITIONS * sharers))))
-        live = _live_tiles(slots, live_slots, sharers, most, run)
-    every_tile = sharding == "sequence" and exchange == "every tile"
-    shares = _shares(blocks, tiles, every_tile)
-    raw_unit = _raw_unit(features)
-    sizes = {"batch": batch, "tokens": tokens, "slots": slots, "heads": heads}
-    widths = {"kv_heads": kv_heads, "head_dim": head_dim, "value_head_dim": value_head_dim}
-    plan = KernelPlan(
-        **sizes,
-        **widths,
+        live = _live_tiles(slots, live_slots, sharers, most, runs, packing, value_head_dim)
+    known, by = 0 if is_loop else slots, (sharding, programs)
+    tiles = _known_tiles(*by, known, tokens, most, runs, packing, value_head_dim, features)
+    return _finished(
+        features,
+        live,
+        blocks,
+        tiles,
+        batch=batch,
+        tokens=tokens,
+        slots=slots,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
         layout=layout,
-        features=features,
         programs=programs,
         sharding=sharding,
         exchange=exchange,
+        reason=reason,
+        runs=runs,
+        packing=packing,
+    )
+
+
+def _finished(
+    features: Features,
+    live: LiveTiles | None,
+    blocks: list[tuple[RowBlock, ...]],
+    tiles: list[tuple[KeyTile, ...]],
+    **given: Any,
+) -> KernelPlan:
+    """The plan of these blocks and tiles, with all that follows from what is `given`."""
+    every_tile = given["sharding"] == "sequence" and given["exchange"] == "every tile"
+    shares, raw_unit = _shares(blocks, tiles, every_tile), _raw_unit(features)
+    group = given["heads"] // given["kv_heads"]
+    rows, widths = group * given["tokens"], (given["head_dim"], given["value_head_dim"])
+    is_long = live is not None and live.full.keys >= ONE_TILE_KEYS
+    is_slow = loads_decide(rows, *widths, is_small=features.has_scales)
+    plan = KernelPlan(
+        **given,
+        features=features,
+        live=live,
         shares=shares,
-        run=run,
         group=group,
         raw_unit=raw_unit,
         logit_unit=1.0 if features.has_bias or raw_unit <= 0 else raw_unit,
+        has_query_pairs=any(t.key_columns > 1 for t in every_tile_of(shares, live)),
         every_tile=every_tile,
-        new_pairs=_new_pairs(features, tokens, blocks),
-        live=live,
-        constants=_constants(features, batch, tokens, kv_heads, live),
-        reason=reason,
-        text=_text(programs, sharding, reason, exchange, shares[0], live),
+        new_keys_follow=given["layout"] != "paged" and is_long and is_slow,
+        new_pairs=_new_pairs(features, given["tokens"], blocks),
+        constants=_constants(features, given["batch"], given["tokens"], given["kv_heads"], live),
+        text="",
         diagram="",
     )
-    return replace(plan, diagram=describe(plan))
+    return replace(plan, text=in_a_line(plan), diagram=describe(plan))
+
+
+def _packing(
+    features: Features,
+    widths: tuple[int, int],
+    layout: str,
+    key_bytes: int,
+    columns: int,
+    groups: list[RowGroup],
+) -> Packing:
+    return choose_packing(
+        *widths,
+        layout,
+        key_bytes,
+        columns,
+        groups,
+        by_slot=features.has_mask or features.has_bias or features.has_positions,
+        sees_alike=features.sees_alike,
+        has_mask=features.has_mask,
+    )
 
 
 def _shares(
@@ -319,6 +373,12 @@ def _shares(
         Share(mine, known, (steps - len(known)) * every_tile)
         for mine, known in zip(blocks, tiles, strict=True)
     )
+
+
+def every_tile_of(shares: tuple[Share, ...], live: LiveTiles | None) -> list[KeyTile]:
+    """All kinds of tiles that a plan has."""
+    known = [tile for share in shares for tile in share.tiles]
+    return known if live is None else [*known, live.full, live.edge, live.dirty]
 
 
 def _new_pairs(features: Features, tokens: int, blocks: list[tuple[RowBlock, ...]]) -> int:
@@ -346,16 +406,20 @@ def _known_tiles(
     slots: int,
     tokens: int,
     most: int,
-    run: int,
+    runs: Runs,
+    packing: Packing,
+    value_head_dim: int,
     features: Features,
 ) -> list[tuple[KeyTile, ...]]:
     """The tiles of each program over so many slots; new keys go to the last that sees them."""
     every = []
     for program in range(programs):
         sees_new = features.has_new_keys and (sharding != "sequence" or program == programs - 1)
-        first, end = slots_of(sharding, program, slots, run or 1)
+        first, end = slots_of(sharding, program, slots, runs.long or 1)
         masks = {"is_masked": features.needs_mask, "is_dirty": features.clears_values}
-        every.append(key_tiles(first, end, most, run, tokens if sees_new else 0, **masks))
+        new = tokens if sees_new else 0
+        known = key_tiles(first, end, most, runs, new, packing, **masks)
+        every.append((*known[:-1], *(ending(last, value_head_dim) for last in known[-1:])))
     return every
 
 
@@ -372,21 +436,6 @@ def _constants(
     if live is not None:
         shapes["live_edges"] = (batch, 2, live.width)
     return tuple(Numbers(name, shape, math.prod(shape)) for name, shape in shapes.items())
-
-
-def _text(
-    programs: int, sharding: str, reason: str, exchange: str, share: Share, live: LiveTiles | None
-) -> str:
-    groups = [g for block in share.blocks for g in block.groups]
-    text = (
-        f"{programs} program(s), {sharding} sharding ({reason}), exchange {exchange}; rows: "
-        f"{len(groups)} group(s) of up to {max(g.rows for g in groups)}, {len(share.blocks)} "
-        "block(s)"
-    )
-    if live is not None:
-        return f"{text}; keys: a loop over live tiles of {live.full.keys}"
-    largest = max((t.keys for t in share.tiles), default=0)
-    return f"{text}; keys: {len(share.tiles)} tile(s) of up to {largest}"
 
 
 def _check_options(exchange: str, loop: str | None, features: Features) -> None:
@@ -407,47 +456,35 @@ def _check_options(exchange: str, loop: str | None, features: Features) -> None:
         )
 
 
-def _live_tiles(slots: int, live_slots: int, sharers: int, most: int, run: int) -> LiveTiles:
+def _live_tiles(
+    slots: int,
+    live_slots: int,
+    sharers: int,
+    most: int,
+    runs: Runs,
+    packing: Packing,
+    value_head_dim: int,
+) -> LiveTiles:
     """Tiles for a loop, as large as allowed; a program's part of a full cache is a whole number.
 
     A few rounds more than needed where they divide it evenly: no key is then read twice.
     """
-    columns = run or 1
-    units = slots // (PARTITIONS * columns * sharers)
+    unit, columns = runs.long or 1, runs.short or 1
+    column = PARTITIONS * columns * sharers
+    units, most_read = slots // column, min(slots, whole_runs(live_slots, unit))
     if units == 0:
         raise ValueError(
             f"{slots} slots are less than a tile for each of {sharers} program(s): use "
             "loop='static'."
         )
-    needed = math.ceil(slots / (PARTITIONS * sharers * max(1, most // columns) * columns))
+    together = max(1, min(most // columns, math.ceil(most_read / column)))
+    needed = math.ceil(slots / (column * together))
     even = [n for n in range(needed, needed + needed // 3 + 1) if units % n == 0]
     rounds = even[0] if even else needed
-    keys = math.ceil(slots / (PARTITIONS * columns * sharers * rounds)) * columns * PARTITIONS
-    keys = min(keys, units * columns * PARTITIONS)
-    full = key_tile(0, keys, run, 0, is_masked=False, is_dirty=False)
-    edge = key_tile(0, keys, run, 0, is_masked=True, is_dirty=False)
-    dirty = key_tile(0, keys, run, 0, is_masked=True, is_dirty=True)
-    most_read = min(slots, live_slots + 2 * (columns - 1))  # whole units
-    return LiveTiles(full, edge, dirty, columns, math.ceil(most_read / (keys * sharers)), sharers)
-
-
-def pairs_of(
-    sharding: str, program: int, batch: int, kv_heads: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The sequences and the KV heads of a program, each as (first, end)."""
-    if sharding != "batch":
-        return (0, batch), (0, kv_heads)
-    if batch > 1:
-        half = (batch + 1) // 2
-        return ((0, half), (half, batch))[program], (0, kv_heads)
-    half = (kv_heads + 1) // 2
-    return (0, 1), ((0, half), (half, kv_heads))[program]
-
-
-def slots_of(sharding: str, program: int, slots: int, unit: int) -> tuple[int, int]:
-    """The slots of a program, (first, end); the halves meet at a whole subtile."""
-    if sharding != "sequence":
-        return 0, slots
-    whole = unit if unit > 1 else PARTITIONS
-    half = min(math.ceil(slots / 2 / whole) * whole, slots)
-    return ((0, half), (half, slots))[program]
+    keys = min(math.ceil(slots / (column * rounds)), units) * PARTITIONS * columns
+    full = key_tile(0, keys, runs, 0, packing, is_masked=False, is_dirty=False)
+    edge = key_tile(0, keys, runs, 0, packing, is_masked=True, is_dirty=False)
+    dirty = key_tile(0, keys, runs, 0, packing, is_masked=True, is_dirty=True)
+    last = tuple(ending(tile, value_head_dim) for tile in (full, edge, dirty))
+    width = math.ceil(most_read / (keys * sharers))
+    return LiveTiles(full, edge, dirty, last, unit, width, sharers)

@@ -136,9 +136,15 @@ class RowBlock(nl.NKIObject):
 
 
 def row_groups(
-    batches: tuple[int, int], kv_range: tuple[int, int], group: int, tokens: int
+    batches: tuple[int, int],
+    kv_range: tuple[int, int],
+    group: int,
+    tokens: int,
+    most: int = GROUP_ROWS,
 ) -> list[RowGroup]:
     """Groups of all rows of ranges (first, end) of sequences and KV heads, G query heads of each.
+
+    Those of several pairs have up to `most` rows.
 
     Raises:
         ValueError: if T is more than 512.
@@ -148,10 +154,10 @@ def row_groups(
     (first, end), (first_kv, end_kv) = batches, kv_range
     kv_heads = end_kv - first_kv
     queries = min(group, MAX_ROWS // tokens)
-    heads = max(1, min(kv_heads, GROUP_ROWS // (group * tokens)))
+    heads = max(1, min(kv_heads, most // (group * tokens)))
     together = 1
     if heads == kv_heads:
-        together = max(1, GROUP_ROWS // (kv_heads * group * tokens))
+        together = max(1, most // (kv_heads * group * tokens))
     return [
         row_group(
             (b, min(together, end - b)),
@@ -184,9 +190,14 @@ def sequences_of(groups: list[RowGroup], group: int) -> list[RowGroup]:
     ]
 
 
-def blocks_of(groups: list[RowGroup], group: int, value_head_dim: int) -> tuple[RowBlock, ...]:
-    """Groups one after the other in blocks of up to `BLOCK_ROWS`."""
-    most = BLOCK_ROWS // -(-value_head_dim // PARTITIONS)
+def blocks_of(
+    groups: list[RowGroup], group: int, value_head_dim: int, *, together: bool = True
+) -> tuple[RowBlock, ...]:
+    """Groups one after the other, `together` in blocks of up to `BLOCK_ROWS`, or each by itself.
+
+    Without an exchange or a loop, a group waits for no other.
+    """
+    most = BLOCK_ROWS // -(-value_head_dim // PARTITIONS) if together else 0
     blocks: list[list[RowGroup]] = []
     for some in groups:
         filled = blocks[-1][-1].first_row + blocks[-1][-1].rows if blocks else most

@@ -25,6 +25,12 @@ def by_key(dense: Array, plan: "KernelPlan") -> Array:
     return by_group.transpose(0, 4, 1, 2, 3)
 
 
+def by_run(rows: Array, plan: "KernelPlan") -> Array:
+    """Numbers of the runs of a paged cache, `[B, K, S / n]`: see `Inputs.page_rows`."""
+    together = 1 if plan.live is not None else sequences_together(plan)
+    return rows.reshape(-1, together, *rows.shape[1:]).transpose(0, 3, 1, 2)
+
+
 def hidden_cached(hidden: Array, plan: "KernelPlan") -> Array:
     """Which slots a dense mask hides, bool `[B|1, N|1, T, S']`: see `Inputs.hidden`."""
     sorted_by_key = by_key(hidden, plan)

@@ -167,7 +167,8 @@ def prepared(call: Call, form: NkiInterpret) -> Launch:
     made: list[Launch] = []
 
     def arrays(operands: Operands) -> tuple[jax.Array, ...]:
-        made.append(make_launch(call.problem, operands, form.programs, form.exchange))
+        options = form.programs, form.exchange, form.unseen_values
+        made.append(make_launch(call.problem, operands, *options))
         return made[0].arrays
 
     compiled = jax.jit(arrays, compiler_options={"xla_backend_optimization_level": 0})

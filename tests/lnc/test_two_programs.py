@@ -71,7 +71,7 @@ HEADS = make_arrays(1, 128)
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 128 keys."""
-    monkeypatch.setattr("jax_tkg.nki.plan.LOGIT_BANKS", 0)
+    monkeypatch.setattr("jax_tkg.nki.tiles.LOGIT_BANKS", 0)
 
 
 def mesh_of(size: int = 2) -> Mesh:

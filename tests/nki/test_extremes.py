@@ -56,3 +56,26 @@ def test_windows_far_apart(by: NkiInterpret) -> None:
     query = of_random(1, 6, 2, 16)
     options = {"query_positions": positions, "local_window_size": (3, 0)}
     assert_as_reference(jax_tkg.attention_tkg, query, key, value, **options, by=by)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("masked", ["window", "mask"])
+def test_a_key_that_is_nan_reaches_only_rows_that_see_it(programs: int, masked: str) -> None:
+    """The first of two tokens sees it, the second does not; heads are narrow, in 16 bits."""
+    slots, first = (20_480, 10) if masked == "window" else (4096, 100)
+    query, value = (of_random(*shape) for shape in ((1, 2, 1, 64), (1, slots, 1, 64)))
+    key = value.at[0, first].set(jnp.nan)
+    if masked == "window":
+        seen: dict[str, Any] = {
+            "key_value_seq_lengths": jnp.array([slots]),
+            "local_window_size": (slots - 2 - first, 0),
+        }
+    else:
+        seen = {"mask": jnp.ones((1, 1, 2, slots), bool).at[0, 0, 1, first].set(False)}
+    query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
+    by = NkiInterpret(programs=programs, unseen_values="finite")
+    for implementation in ("reference", by):
+        out = jax_tkg.attention_tkg(query, key, value, **seen, implementation=implementation)
+        nan = np.isnan(np.asarray(out))
+        np.testing.assert_array_equal(nan.all(axis=(2, 3)), [[True, False]])
+        np.testing.assert_array_equal(nan.any(axis=(2, 3)), [[True, False]])

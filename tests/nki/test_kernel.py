@@ -22,7 +22,7 @@ from jax_tkg.nki.live_tiles import place_live_tiles
 from jax_tkg.nki.plan import Features, KernelPlan, make_plan
 from jax_tkg.nki.rope_call import rotary_table
 from jax_tkg.nki.steps import exchange
-from jax_tkg.nki.steps.load import parts_of
+from jax_tkg.nki.steps.cached import parts_of
 from jax_tkg.nki.tables import hidden_new
 from jax_tkg.rope import RotaryEmbedding
 
@@ -194,10 +194,10 @@ def test_both_programs_hold_the_same_bits(
 ) -> None:
     stored: dict[int, list[np.ndarray]] = {0: [], 1: []}
 
-    def spy(bufs: Any, weights: Any) -> None:
+    def spy(bufs: Any, sent: Any, weights: Any) -> None:
         from jax_tkg.nki.interpreter.window import window
 
-        exchange.merge_outputs(bufs, weights)
+        exchange.merge_outputs(bufs, sent, weights)
         for tile in (bufs.max, bufs.sum, *bufs.output):
             stored[nl.program_id()].append(window(tile).array().copy())
 

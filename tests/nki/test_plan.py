@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_tkg.nki.plan import LOGIT_BANKS, Features, KernelPlan, make_plan
+from jax_tkg.nki.plan import Features, KernelPlan, make_plan
 from jax_tkg.nki.rows import BANK_ELEMENTS
-from jax_tkg.nki.tiles import KeyTile, Piece
+from jax_tkg.nki.tiles import LOGIT_BANKS, KeyTile, Piece
 
 
 def plan(features: dict[str, Any] | None = None, **changes: Any) -> KernelPlan:
@@ -122,11 +122,13 @@ def test_partitions_of_a_paged_tile_stay_inside_a_page(
         layout="paged", slots=page_len * pages, page_len=page_len, programs=programs,
         heads=2 * group, batch=1,
     )  # fmt: skip
-    assert page_len % made.run == 0
+    assert page_len % made.runs.long == made.runs.long % made.runs.short == 0
     for share in made.shares:
         for tile in share.tiles:
-            assert tile.start % made.run == 0
-            assert all(p.subtiles % made.run == p.start % made.run == 0 for p in tile.cached)
+            assert tile.start % made.runs.long == 0
+            for piece in tile.cached:
+                assert piece.run in (made.runs.long, made.runs.short)
+                assert piece.subtiles % piece.run == piece.start % piece.run == 0
     if made.sharding == "sequence":
         every = [s for share in made.shares for tile in share.tiles for s in slots_of(tile)]
         assert sorted(every) == list(range(page_len * pages))
@@ -153,6 +155,7 @@ def test_sharding(sizes: dict[str, Any], sharding: str) -> None:
 
 
 RAGGED = {"is_ragged": True}
+CLEAN = {"clears_values": False, "sees_alike": True}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,75 @@ def test_narrow_heads_fit_larger_tiles() -> None:
         made = plan(RAGGED, slots=49_152, tokens=1, **sizes)
         assert made.live is not None
         assert made.live.full.keys == keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "values"),
+    [
+        ({}, 2, 2),
+        ({"head_dim": 128}, 1, 2),
+        ({"value_head_dim": 128}, 2, 1),
+        ({"head_dim": 32, "value_head_dim": 32}, 1, 1),
+        ({"heads": 2 * 20, "tokens": 2, "slots": 2048}, 2, 2),  # 40 rows of a pair
+        ({"heads": 2 * 16, "tokens": 4, "slots": 2048}, 1, 1),  # 64
+        ({"slots": 1024 + 128}, 1, 2),  # the last column has no other
+        ({"slots": 1024 + 1}, 1, 2),
+        ({"slots": 512}, 1, 2),  # queries copied twice would not pay, values just do
+        ({"slots": 256}, 1, 1),
+        ({"layout": "paged", "page_len": 16}, 1, 2),
+        ({"key_bytes": 1}, 1, 2),  # transposed in pairs of channels
+        ({"layout": "BKHS", "slots": 40 * 128, "key_bytes": 1}, 2, 2),
+        ({"layout": "BKHS", "slots": 39 * 128}, 1, 2),  # long runs of values are worth more
+        ({"layout": "BKHS", "slots": 40 * 128}, 2, 2),
+    ],
+)
+def test_two_key_columns_of_narrow_heads_share_a_matmul(
+    changes: dict[str, Any], keys: int, values: int
+) -> None:
+    """Not where a key that some row does not see may be NaN."""
+    made = plan(**({"slots": 1024, "batch": 1, "heads": 4, "features": CLEAN} | changes))
+    (tile,) = made.shares[0].tiles
+    assert (tile.key_columns, tile.value_columns) == (keys, values)
+    assert made.has_query_pairs == (keys == 2)
+    for features in ({"sees_alike": True}, {"clears_values": False}, CLEAN | {"has_mask": True}):
+        by_one = plan(
+            **({"slots": 1024, "batch": 1, "heads": 4} | changes | {"features": features})
+        )
+        (tile,) = by_one.shares[0].tiles
+        assert (tile.key_columns, tile.value_columns) == (1, values)
+        assert not by_one.has_query_pairs
+
+
+@pytest.mark.parametrize("name", ["has_mask", "has_bias", "has_positions"])
+def test_keys_stored_transposed_come_in_halves_unless_tables_would_too(name: str) -> None:
+    sizes = {"slots": 5120, "batch": 1, "heads": 4, "layout": "BKHS"}
+    for is_table in (False, True):
+        (tile,) = plan(CLEAN | {name: is_table}, **sizes).shares[0].tiles
+        (piece,) = tile.cached
+        assert (piece.halves, tile.key_columns) == ((1, 1) if is_table else (2, 2))
+    (tile,) = plan(CLEAN, **(sizes | {"layout": "BKSH"})).shares[0].tiles
+    assert (tile.cached[0].halves, tile.key_columns) == (1, 2)
+
+
+def test_pairs_of_columns_do_not_straddle_banks_of_logits() -> None:
+    """100 rows leave 5 columns in a bank, of which 4 can be taken in twos."""
+    sizes = {"slots": 2560, "batch": 5, "kv_heads": 1, "heads": 10, "tokens": 2}
+    for width, columns in ((64, [10, 10]), (128, [20])):
+        made = plan(CLEAN, **sizes, head_dim=width)
+        assert [tile.columns for tile in made.shares[0].tiles] == columns
+    assert plan(CLEAN, **sizes).shares[0].tiles[0].key_columns == 2
+
+
+def test_tiles_of_a_loop_take_two_columns_where_every_key_is_seen() -> None:
+    for alike, edge in ((True, 2), (False, 1)):
+        made = plan(RAGGED | {"sees_alike": alike}, slots=8192)
+        assert made.live is not None
+        tiles = made.live.full, made.live.edge, made.live.dirty
+        assert [tile.key_columns for tile in tiles] == [2, edge, 1]
+    assert [tile.value_columns for tile in tiles] == [2, 2, 2]
+    assert made.has_query_pairs
+    assert "2 columns" in str(made)
+    assert "2 columns" not in str(plan(RAGGED, slots=8192, head_dim=128, value_head_dim=128))
 
 
 @pytest.mark.parametrize(("slots", "is_loop"), [(4096, False), (8192, True)])

@@ -17,8 +17,8 @@ from jax_tkg.nki.cte.tiles import (
 )
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.rows import PARTITIONS
-from jax_tkg.nki.steps.load import GATHER_ROWS, operand_dtype
-from jax_tkg.nki.tiles import LEAST_RUN
+from jax_tkg.nki.steps.cached import operand_dtype
+from jax_tkg.nki.tiles import GATHER_ROWS, LEAST_RUN
 
 
 def load_keys(inputs: Inputs, tile: KeyTile, pair: Pair, plan: PrefillPlan) -> Keys:

@@ -6,6 +6,7 @@ from jax_tkg.nki.buffers import RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS
+from jax_tkg.nki.steps.pv import fa_add_products
 
 FAST_ELEMENTS = 256
 """Most float32 of a partition that the fast path between two cores takes."""
@@ -41,39 +42,62 @@ def swap_outputs(bufs: RowBuffers) -> Any:
     return theirs.reshape_dim(1, (len(bufs.output), rows))
 
 
-def merge_sums(bufs: RowBuffers, plan: KernelPlan) -> Any:
+def merge_sums(bufs: RowBuffers, left: Any, plan: KernelPlan) -> Any:
     """Both programs get maximum and sum over all keys, the same to the bit.
 
     With m the larger maximum, each side has weight exp(its maximum - m); sums of two commute, so
-    both programs round alike.
+    both programs round alike. The last values arrive while sums travel: then their products, `left`
+    to add, come before what waits for these.
 
     Returns:
         The weights of this program's output and of the other's; None where programs agreed on
         maximum and sum on every tile.
     """
     if plan.every_tile:
+        fa_add_products(left)
         return None
     theirs_max, theirs_sum = swap(bufs.max), swap(bufs.sum)
     top = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=top, data1=bufs.max, data2=theirs_max, op=nl.maximum)
     unit = plan.logit_unit
     my_weight, their_weight = weight_of(bufs.max, top, unit), weight_of(theirs_max, top, unit)
-    add_weighted(bufs.sum, my_weight, theirs_sum, their_weight)
+    kept = nl.ndarray(top.shape, nl.float32, buffer=nl.sbuf)  # while sums travel
+    nisa.tensor_tensor(dst=kept, data1=bufs.sum, data2=my_weight, op=nl.multiply)
+    fa_add_products(left)
+    nisa.tensor_tensor(dst=theirs_sum, data1=theirs_sum, data2=their_weight, op=nl.multiply)
+    nisa.tensor_tensor(dst=bufs.sum, data1=kept, data2=theirs_sum, op=nl.add)
     nisa.tensor_copy(dst=bufs.max, src=top)
     return my_weight, their_weight
 
 
-def merge_outputs(bufs: RowBuffers, weights: Any) -> None:
-    """Both programs get the output over all keys, the same to the bit; see `merge_sums`."""
+def send_outputs(bufs: RowBuffers, weights: Any) -> tuple[Any, Any]:
+    """The other program's output, see `swap_outputs`; this one's in the merged one.
+
+    That is multiplied by its weight, see `merge_sums`, while both travel.
+    """
     theirs = swap_outputs(bufs)
+    if weights == None:  # noqa: E711  (the kernel language has no `is`)
+        return theirs, bufs.output
+    kept = []
+    for mine in bufs.output:
+        part = nl.ndarray(mine.shape, nl.float32, buffer=nl.sbuf)
+        my_weight = weights[0][0 : mine.shape[0]]
+        nisa.tensor_tensor(dst=part, data1=mine, data2=my_weight, op=nl.multiply)
+        kept.append(part)
+    return theirs, kept
+
+
+def merge_outputs(bufs: RowBuffers, sent: tuple[Any, Any], weights: Any) -> None:
+    """Both programs get the output over all keys, the same to the bit; `sent` by `send_outputs`."""
+    theirs, kept = sent
     for c in range(len(bufs.output)):
         mine = bufs.output[c]
         size = mine.shape[0]
         other = theirs[0:size, c, :]
-        if weights == None:  # noqa: E711  (the kernel language has no `is`)
-            nisa.tensor_tensor(dst=mine, data1=mine, data2=other, op=nl.add)
-        else:
-            add_weighted(mine, weights[0][0:size], other, weights[1][0:size])
+        if weights != None:  # noqa: E711
+            their_weight = weights[1][0:size]
+            nisa.tensor_tensor(dst=other, data1=other, data2=their_weight, op=nl.multiply)
+        nisa.tensor_tensor(dst=mine, data1=kept[c], data2=other, op=nl.add)
 
 
 def weight_of(side_max: Any, top: Any, unit: float) -> Any:
@@ -82,14 +106,6 @@ def weight_of(side_max: Any, top: Any, unit: float) -> Any:
     nisa.tensor_tensor(dst=weight, data1=side_max, data2=top, op=nl.subtract)
     nisa.activation(dst=weight, op=nl.exp, data=weight, scale=unit)
     return weight
-
-
-def add_weighted(mine: Any, my_weight: Any, theirs: Any, their_weight: Any) -> None:
-    """Mine = mine * my_weight + theirs * their_weight."""
-    nisa.tensor_tensor(dst=mine, data1=mine, data2=my_weight, op=nl.multiply)
-    scaled = nl.ndarray(mine.shape, nl.float32, buffer=nl.sbuf)
-    nisa.tensor_tensor(dst=scaled, data1=theirs, data2=their_weight, op=nl.multiply)
-    nisa.tensor_tensor(dst=mine, data1=mine, data2=scaled, op=nl.add)
 
 
 def share_rows(tile: Any, plan: KernelPlan) -> None:

@@ -6,15 +6,16 @@ from jax_tkg.nki.buffers import Inputs, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowChunk, RowGroup
-from jax_tkg.nki.steps.load import chunk_view, global_rows
+from jax_tkg.nki.steps.load import TURNED, chunk_view, global_rows
 
 NEGATIVE_INFINITY = float("-inf")
 
-TURNED = 32
-"""Most that the Vector engine transposes in each direction."""
-
 LEAST_SUM = 1e-15
-"""Below any sum but that of no key: the largest weight of a row is 1. Its logarithm is finite."""
+"""Added to each part of a sum, of 128: so that of no key has an inverse and a logarithm. The
+largest weight of a row is 1, so that no other sum changes."""
+
+NO_SUM = 1e-10
+"""Above the sum of no key, below any other."""
 
 
 def turn_column(row: Any, columns: Any) -> Any:
@@ -34,7 +35,9 @@ def sum_over_partitions(bufs: RowBuffers, columns: Any) -> Any:
     turned = nl.ndarray((mine.shape[1], PARTITIONS), nl.float32, buffer=nl.psum)
     nisa.nc_transpose(dst=turned, data=mine, engine=nisa.engine.tensor)
     total = nl.ndarray((mine.shape[1], 1), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=total, op=nl.add, data=turned, axis=1)
+    nisa.tensor_scalar_reduce(
+        dst=turned, data=turned, op0=nl.add, operand0=LEAST_SUM, reduce_op=nl.add, reduce_res=total
+    )
     return total
 
 
@@ -87,21 +90,21 @@ def add_sinks(top: Any, total: Any, sinks: Any) -> Any:
     return shrinks
 
 
-def find_factor(total: Any) -> Any:
+def find_factor(total: Any, shrinks: Any) -> Any:
     """What the output is multiplied by, as a column; 0 stays 0 in a row that saw no key."""
     factor = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=factor, data=total, op0=nl.maximum, operand0=LEAST_SUM)
-    nisa.reciprocal(dst=factor, data=factor)
+    nisa.reciprocal(dst=factor, data=total)
+    if shrinks != None:  # noqa: E711  (the kernel language has no `is`)
+        nisa.tensor_tensor(dst=factor, data1=factor, data2=shrinks, op=nl.multiply)
     return factor
 
 
 def find_lse(top: Any, total: Any) -> Any:
     """The log-sum-exp, as a column; -inf in a row that saw no key."""
     empty = nl.ndarray(total.shape, nl.uint8, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=empty, data=total, op0=nl.equal, operand0=0.0)
+    nisa.tensor_scalar(dst=empty, data=total, op0=nl.less, operand0=NO_SUM)
     lse = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=lse, data=total, op0=nl.maximum, operand0=LEAST_SUM)
-    nisa.activation(dst=lse, op=nl.log, data=lse)
+    nisa.activation(dst=lse, op=nl.log, data=total)
     nisa.tensor_tensor(dst=lse, data1=lse, data2=top, op=nl.add)
     nisa.tensor_copy_predicated(dst=lse, src=NEGATIVE_INFINITY, predicate=empty)
     return lse
@@ -109,8 +112,8 @@ def find_lse(top: Any, total: Any) -> Any:
 
 def fa_finalize_sums(
     bufs: RowBuffers, inputs: Inputs, group: RowGroup, chunk: RowChunk, plan: KernelPlan
-) -> tuple[Any, Any]:
-    """Of a chunk of rows, what the output is multiplied by and the log-sum-exp, as columns."""
+) -> tuple[Any, Any, Any]:
+    """Of a chunk of rows the sum, what `add_sinks` returns or None, and the log-sum-exp or None."""
     columns = nl.ds(group.first_row + chunk.first_row, chunk.rows)
     total, features = sum_over_partitions(bufs, columns), plan.features
     top: Any = None
@@ -119,18 +122,21 @@ def fa_finalize_sums(
     shrinks: Any = None
     if features.has_sinks:
         shrinks = add_sinks(top, total, load_sinks(inputs, chunk))
-    factor, lse = find_factor(total), None
-    if features.has_sinks:
-        nisa.tensor_tensor(dst=factor, data1=factor, data2=shrinks, op=nl.multiply)
-    if features.returns_lse:
-        lse = find_lse(top, total)
-    return factor, lse
+    lse: Any = find_lse(top, total) if features.returns_lse else None
+    return total, shrinks, lse
 
 
 def fa_finalize_rows(
-    dtype: Any, factor: Any, bufs: RowBuffers, group: RowGroup, chunk: RowChunk, plan: KernelPlan
+    dtype: Any,
+    total: Any,
+    shrinks: Any,
+    bufs: RowBuffers,
+    group: RowGroup,
+    chunk: RowChunk,
+    plan: KernelPlan,
 ) -> Any:
-    """The output of a chunk of rows, `[rows, Hv]` in `dtype`."""
+    """The output of a chunk of rows, `[rows, Hv]` in `dtype`; for the sums see above."""
+    factor = find_factor(total, shrinks)
     columns = nl.ds(group.first_row + chunk.first_row, chunk.rows)
     out = nl.ndarray((chunk.rows, plan.value_head_dim), dtype, buffer=nl.sbuf)
     for c in range(len(bufs.output)):

@@ -7,7 +7,7 @@ from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.mask import hidden_by_key
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import PARTITIONS, RowGroup
-from jax_tkg.nki.steps.load import has_sequence_bits, load_small
+from jax_tkg.nki.steps.load import count_slots, has_sequence_bits, load_small
 from jax_tkg.nki.steps.new_keys import load_for_pairs, load_for_rows
 from jax_tkg.nki.steps.qk import partitions_of, spans_of
 from jax_tkg.nki.tiles import KeyTile, Piece
@@ -73,52 +73,72 @@ def find_hidden(
     if features.has_positions:
         positions = load_positions(inputs, tile, group)
     else:
-        slots = slot_numbers(place, tile)
+        slots = slot_numbers(place, tile, consts, plan)
         positions = slots.expand_dim(2).broadcast(2, group.batches)
     if features.has_holes:
         positions = beyond_holes(positions, pages.holes, tile, group)
     every = positions.expand_dim(3).broadcast(3, tokens)
-    low: Any = None
+    low, high = bounds_here(consts, place, batches)
     if features.has_low:
-        low = consts.low[:, batches].expand_dim(1).broadcast(1, columns)
-    high = consts.high[:, batches].expand_dim(1).broadcast(1, columns)
-    hidden = hidden_by_key(every, low, high)
-    if place.behind_counted != None:  # noqa: E711  (the kernel language has no `is`)
-        elsewhere = nl.ndarray((PARTITIONS, columns), nl.uint8, buffer=nl.sbuf)
-        nisa.tensor_scalar(
-            dst=elsewhere, data=slots, op0=nl.greater_equal, operand0=place.behind_counted
-        )
-        again = elsewhere.expand_dim(2).expand_dim(3)
-        again = again.broadcast(2, group.batches).broadcast(3, tokens)
-        nisa.tensor_tensor(dst=hidden, data1=hidden, data2=again, op=nl.logical_or)
-    return hidden.expand_dim(3)
+        low = low.expand_dim(1).broadcast(1, columns)
+    high = high.expand_dim(1).broadcast(1, columns)
+    return hidden_by_key(every, low, high).expand_dim(3)
+
+
+def bounds_here(consts: Constants, place: Place, batches: Any) -> tuple[Any, Any]:
+    """The positions that some sequences see, low and high `[128, b, T or 1]`; low may be None.
+
+    Of a tile placed at run time, counted from its first slot, and only those that count: a few
+    bounds are moved, not the numbers of all slots.
+    """
+    high, low = consts.high[:, batches], consts.low
+    if low != None:  # noqa: E711  (the kernel language has no `is`)
+        low = low[:, batches]
+    if place.behind_counted == None:  # noqa: E711
+        return low, high
+    last = nl.ndarray(high.shape, nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(
+        dst=last,
+        data=high,
+        op0=nl.minimum,
+        operand0=place.behind_counted,
+        op1=nl.subtract,
+        operand1=place.first_slot,
+    )
+    if low == None:  # noqa: E711
+        return None, last
+    first = nl.ndarray(low.shape, nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=first, data=low, op0=nl.subtract, operand0=place.first_slot)
+    return first, last
 
 
 def beyond_holes(positions: Any, holes: Any, tile: KeyTile, group: RowGroup) -> Any:
     """Positions `[128, columns, b]`, of slots without a page behind what any row sees."""
     shape = (PARTITIONS, tile.cached_columns, group.batches)
     moved = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    gathers = holes.shape[1]
-    runs = (gathers, tile.cached_columns // gathers)
-    by_gather, every = positions.reshape_dim(1, runs), holes.expand_dim(2).broadcast(2, runs[1])
-    nisa.tensor_tensor(dst=moved.reshape_dim(1, runs), data1=by_gather, data2=every, op=nl.add)
+    for piece in tile.cached:
+        columns, runs = nl.ds(piece.column, piece.subtiles), (piece.gathers, piece.run)
+        mine = holes[:, nl.ds(piece.gather, piece.gathers)]
+        nisa.tensor_tensor(
+            dst=moved[:, columns].reshape_dim(1, runs),
+            data1=positions[:, columns].reshape_dim(1, runs),
+            data2=mine.expand_dim(2).broadcast(2, piece.run),
+            op=nl.add,
+        )
     return moved
 
 
-def slot_numbers(place: Place, tile: KeyTile) -> Any:
-    """The slot of each cached key of a tile, float32 `[128, columns]`; beyond it, later ones."""
-    slots = nl.ndarray((PARTITIONS, tile.cached_columns), nl.float32, buffer=nl.sbuf)
-    is_known = place.behind_counted == None  # noqa: E711
-    for piece in tile.cached:
-        nisa.iota(
-            dst=slots[:, nl.ds(piece.column, piece.subtiles)],
-            pattern=[[1, piece.subtiles]],
-            offset=piece.start + place.first_slot if is_known else piece.start,
-            channel_multiplier=piece.subtiles,
-        )
-    if not is_known:
-        nisa.tensor_scalar(dst=slots, data=slots, op0=nl.add, operand0=place.first_slot)
-    return slots
+def slot_numbers(place: Place, tile: KeyTile, consts: Constants, plan: KernelPlan) -> Any:
+    """The slot of each cached key of a tile, float32 `[128, columns]`; beyond it, later ones.
+
+    Of a tile placed at run time, counted from its first slot: the same for all of a kind.
+    """
+    if place.behind_counted == None:  # noqa: E711
+        return count_slots(tile, place.first_slot)
+    live: Any = plan.live
+    if tile.cached[0].halves == live.edge.cached[0].halves:
+        return consts.slots
+    return count_slots(tile, 0)
 
 
 def load_positions(inputs: Inputs, tile: KeyTile, group: RowGroup) -> Any:

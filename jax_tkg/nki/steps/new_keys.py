@@ -6,12 +6,14 @@ from jax_tkg.nki.buffers import Constants, Inputs, NewKeys, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import RowGroup
+from jax_tkg.nki.steps.cached import channel_parts, whole_parts
 from jax_tkg.nki.steps.load import global_rows, load_small, piece_view
 from jax_tkg.nki.steps.queries import positions_of, rotate, transpose
 from jax_tkg.nki.tiles import KeyTile, Piece
 
-VALUE_LOADS = 2
-"""DMAs for new values: with so few partitions each takes but one of the queues."""
+VALUE_LOADS, LATE_VALUE_LOADS = 2, 4
+"""DMAs for new values: with so few partitions each takes but one of the queues. More where cached
+keys do not wait for them."""
 
 
 def load_new_keys(
@@ -44,14 +46,14 @@ def load_new_keys(
         rotate(rows, positions_of(inputs, batches, tokens, group.kv_heads), consts, plan)
         if rotated != None:  # noqa: E711
             nisa.dma_copy(dst=piece_view(rotated, piece, group).permute(by_row), src=rows)
-        loaded.keys.append(keep_turned(rows))
+        loaded.keys.append(keep_turned(rows, channel_parts(inputs, plan)))
     return loaded
 
 
-def keep_turned(rows: Any) -> Any:
-    """Rows, transposed, in SBUF: a tile `[h, rows]` for each chunk of 128 of H."""
+def keep_turned(rows: Any, parts: list[tuple[int, int, int]]) -> Any:
+    """Rows, transposed, in SBUF: a tile `[h, rows]` for each of `channel_parts`."""
     tiles = []
-    for turned in transpose(rows):
+    for turned in transpose(rows, parts):
         tile = nl.ndarray(turned.shape, rows.dtype, buffer=nl.sbuf)
         nisa.tensor_copy(dst=tile, src=turned)
         tiles.append(tile)
@@ -63,10 +65,12 @@ def load_values(inputs: Inputs, dtype: Any, piece: Piece, group: RowGroup, plan:
     values = piece_view(inputs.new_value, piece, group).permute((1, 0, 2, 3))
     loaded = nl.ndarray((piece.keys, group.pairs, plan.value_head_dim), dtype, buffer=nl.sbuf)
     by_pair = loaded.reshape_dim(1, (group.batches, group.kv_heads))
-    step = -(-group.batches // VALUE_LOADS)
+    is_paged, is_known = plan.layout == "paged", plan.live == None  # noqa: E711
+    by_gpsimd = is_known or is_paged  # in other loops it has queries and masks to load
+    is_late = plan.new_keys_follow or (is_known and not is_paged)
+    step = -(-group.batches // (LATE_VALUE_LOADS if is_late else VALUE_LOADS))
     for first in range(0, group.batches, step):
         some = nl.ds(first, min(step, group.batches - first))
-        by_gpsimd = plan.live == None  # noqa: E711  (which in a loop has queries and masks)
         load_small(by_pair[:, some], values[:, some], by_gpsimd, plan)
     return loaded
 
@@ -78,7 +82,7 @@ def load_turned_values(
     rows = nl.ndarray((group.pairs, plan.value_head_dim), dtype, buffer=nl.sbuf)
     values = piece_view(inputs.new_value, piece, group)
     load_small(rows, values, plan.live == None, plan)  # noqa: E711
-    return keep_turned(rows)
+    return keep_turned(rows, whole_parts(plan.value_head_dim))
 
 
 def load_for_rows(tensor: Any, piece: Piece, group: RowGroup, plan: KernelPlan) -> Any:

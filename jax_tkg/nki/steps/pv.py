@@ -10,12 +10,26 @@ from jax_tkg.nki.steps.qk import pair_rows
 from jax_tkg.nki.tiles import KeyTile, Piece
 
 
-def allocate_products(group: RowGroup, plan: KernelPlan) -> Any:
-    """PSUM for weights times values of a tile: `[hv, R]` for each chunk of Hv."""
+def allocate_products(together: int, group: RowGroup, plan: KernelPlan) -> Any:
+    """PSUM for weights times values of a tile: `[n * hv, n, R]` for each chunk of Hv.
+
+    With n columns together, the products of the i-th are partitions i * hv to (i + 1) * hv in i of
+    n; what else is there is values times the weights of another column.
+    """
     tiles = []
     for _, size in chunks(plan.value_head_dim):
-        tiles.append(nl.ndarray((size, group.rows), nl.float32, buffer=nl.psum))
+        shape = (together * size, together, group.rows)
+        tiles.append(nl.ndarray(shape, nl.float32, buffer=nl.psum))
     return tiles
+
+
+def wanted(products: Any) -> Any:
+    """The parts of a tile of products that count, `[hv, R]` each: see `allocate_products`."""
+    parts, together = [], products.shape[1]
+    size = products.shape[0] // together
+    for i in range(together):
+        parts.append(products[nl.ds(i * size, size), i, :])
+    return parts
 
 
 def compute_pv_matmul(
@@ -27,15 +41,24 @@ def compute_pv_matmul(
     i: int,
     group: RowGroup,
 ) -> None:
-    """The products of a piece of pair i: values `[partitions, columns, Hv]` are stationary."""
+    """The products of a piece of pair i: values `[partitions, columns, Hv]` are stationary.
+
+    Values lie half after half, while columns take turns.
+    """
     rows = pair_rows(group, i)
+    each = piece.subtiles // piece.halves
+    step = each if piece.halves > 1 else 1
     for c in range(len(products)):
-        part = nl.ds(c * PARTITIONS, products[c].shape[0])
-        for j in range(piece.subtiles):
+        together = products[c].shape[1]
+        size = products[c].shape[0] // together
+        part = nl.ds(c * PARTITIONS, size)
+        for j in range(0, piece.subtiles, together):
+            count = min(together, piece.subtiles - j)
+            first = j // piece.halves + j % piece.halves * each
             nisa.nc_matmul(
-                dst=products[c][:, rows],
-                stationary=values[:, j, part],
-                moving=weights[0 : piece.partitions, piece.column + j, rows],
+                dst=products[c][0 : count * size, 0:count, rows],
+                stationary=values[:, first : first + (count - 1) * step + 1 : step, part],
+                moving=weights[0 : piece.partitions, nl.ds(piece.column + j, count), rows],
                 accumulate=j > 0 or not is_first,
             )
 
@@ -104,16 +127,20 @@ def scale_values(products: Any, consts: Constants, group: RowGroup, plan: Kernel
     first = group.first_batch * plan.kv_heads + group.first_kv
     for tile in products:
         scales = consts.value_scales[0 : tile.shape[0], nl.ds(first, group.pairs)]
-        by_pair = tile.reshape_dim(1, (group.pairs, group.rows_per_pair))
-        every = scales.expand_dim(2).broadcast(2, group.rows_per_pair)
+        by_pair = tile.reshape_dim(2, (group.pairs, group.rows_per_pair))
+        every = scales.expand_dim(1).expand_dim(3).broadcast(1, tile.shape[1])
+        every = every.broadcast(3, group.rows_per_pair)
         nisa.tensor_tensor(dst=by_pair, data1=by_pair, data2=every, op=nl.multiply)
 
 
-def fa_accumulate_output(products: Any, bufs: RowBuffers, is_first: bool) -> None:
-    """Running output = running output + products."""
-    for c in range(len(products)):
-        running = bufs.output[c]
-        if is_first:
-            nisa.tensor_copy(dst=running, src=products[c])
-        else:
-            nisa.tensor_tensor(dst=running, data1=running, data2=products[c], op=nl.add)
+def fa_add_products(left: Any) -> None:
+    """Running output = running output + products that are left to add, `Waiting` or None."""
+    if left == None:  # noqa: E711  (the kernel language has no `is`)
+        return
+    for c in range(len(left.products)):
+        running, parts = left.bufs.output[c], wanted(left.products[c])
+        for i in range(len(parts)):
+            if left.is_first and i == 0:
+                nisa.tensor_copy(dst=running, src=parts[0])
+            else:
+                nisa.tensor_tensor(dst=running, data1=running, data2=parts[i], op=nl.add)

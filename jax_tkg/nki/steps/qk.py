@@ -6,7 +6,7 @@ from jax_tkg.nki.buffers import MASKED, Constants, Logits, NewKeys, RowBuffers
 from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rows import BANK_ELEMENTS, PARTITIONS, RowGroup
-from jax_tkg.nki.steps.load import key_column
+from jax_tkg.nki.steps.cached import key_column
 from jax_tkg.nki.tiles import KeyTile, Piece
 
 
@@ -16,6 +16,7 @@ def allocate_qk_buffers(tile: KeyTile, group: RowGroup, plan: KernelPlan) -> Log
     A matmul must not straddle banks, so a bank holds whole columns.
     """
     per_bank = BANK_ELEMENTS // group.rows
+    per_bank -= per_bank % tile.key_columns
     logits = Logits([], per_bank)
     for first in range(0, tile.columns, per_bank):
         count = min(per_bank, tile.columns - first)
@@ -57,7 +58,7 @@ def pair_rows(group: RowGroup, i: int) -> Any:
 def compute_qk_matmul(
     logits: Logits,
     keys: Any,
-    by_rows: bool,
+    by_column: bool,
     bufs: RowBuffers,
     i: int,
     tile: KeyTile,
@@ -67,16 +68,20 @@ def compute_qk_matmul(
 
     The queries are the moving operand: it is the short one.
     """
-    rows = pair_rows(group, i)
+    rows, together = pair_rows(group, i), tile.key_columns
     for piece in tile.cached:
-        for j in range(piece.subtiles):
+        for j in range(0, piece.subtiles, together):
             column = piece.column + j
             bank = logits.banks[column // logits.per_bank]
+            places = nl.ds(column % logits.per_bank, together)
             for c in range(len(keys)):
+                moving = bufs.query[c][:, rows]
+                if together > 1:
+                    moving = bufs.query_pairs[:, :, rows]
                 nisa.nc_matmul(
-                    dst=bank[0 : piece.partitions, column % logits.per_bank, rows],
-                    stationary=key_column(keys[c], piece, j, by_rows),
-                    moving=bufs.query[c][:, rows],
+                    dst=bank[0 : piece.partitions, places, rows],
+                    stationary=key_column(keys[c], piece, j, by_column, together),
+                    moving=moving,
                     accumulate=c > 0,
                 )
 

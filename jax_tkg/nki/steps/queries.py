@@ -7,7 +7,12 @@ from jax_tkg.nki.dialect import nisa, nl
 from jax_tkg.nki.plan import KernelPlan
 from jax_tkg.nki.rope import cos_sin_rows, rotate_rows
 from jax_tkg.nki.rows import PARTITIONS, RowBlock, RowChunk, RowGroup
+from jax_tkg.nki.steps.cached import channel_parts, turns_pairs
 from jax_tkg.nki.steps.load import chunk_view, global_rows, load_small, piece_view
+
+BEHIND_KEYS = 3
+"""Cached keys of so many pairs are loaded one after the other: queries that arrive behind the first
+ones hold nothing up."""
 
 
 def allocate_fa_buffers(
@@ -16,8 +21,8 @@ def allocate_fa_buffers(
     """Queries, transposed, and the state of the rows of a block."""
     shape, query = (PARTITIONS, block.rows), inputs.query
     beside = new_rows_beside(inputs, block, plan)
-    queries, outputs = [], []
-    for _, size in chunks(plan.head_dim):
+    queries, outputs, parts = [], [], channel_parts(inputs, plan)
+    for _, _, size in parts:
         queries.append(nl.ndarray((size, block.rows + beside), query.dtype, buffer=nl.sbuf))
     for _, size in chunks(plan.value_head_dim):
         outputs.append(nl.ndarray((size, block.rows), nl.float32, buffer=nl.sbuf))
@@ -29,7 +34,7 @@ def allocate_fa_buffers(
         for chunk in group.chunks:
             rows = load_queries(inputs, consts, beside, group, chunk, plan)
             columns = nl.ds(group.first_row + chunk.first_row, chunk.rows + beside)
-            turned = transpose(rows)
+            turned = transpose(rows, parts)
             for c in range(len(turned)):
                 nisa.tensor_copy(dst=queries[c][:, columns], src=turned[c])
     new_key: Any = None
@@ -41,19 +46,27 @@ def allocate_fa_buffers(
     running_max = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
     running_sum = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
     decay = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    return RowBuffers(queries, running_max, running_sum, outputs, decay, new_key)
+    pairs = pair_queries(queries[0]) if plan.has_query_pairs else None
+    return RowBuffers(queries, pairs, running_max, running_sum, outputs, decay, new_key)
+
+
+def pair_queries(query: Any) -> Any:
+    """Queries `[h, R]` for two keys that lie one below the other: see `RowBuffers.query_pairs`."""
+    size, rows = query.shape
+    pairs = nl.ndarray((2 * size, 2, rows), query.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=pairs, value=0.0)
+    for i in range(2):
+        nisa.tensor_copy(dst=pairs[nl.ds(i * size, size), i, :], src=query)
+    return pairs
 
 
 def new_rows_beside(inputs: Inputs, block: RowBlock, plan: KernelPlan) -> int:
     """How many new keys are transposed together with the queries of a block; 0: none.
 
-    Where both fit into the partitions that saves a transpose and a copy. Not where page numbers
-    are loaded next: the DMA of the keys would be before theirs.
+    Where both fit into the partitions that saves a transpose and a copy.
     """
     share, group = plan.shares[nl.program_id(0)], block.groups[0]
     if inputs.query.buffer == nl.sbuf or plan.features.rotary != None:  # noqa: E711
-        return 0
-    if plan.layout == "paged" and plan.live == None:  # noqa: E711
         return 0
     if len(block.groups) > 1 or not share.tiles or not share.tiles[-1].new:
         return 0
@@ -72,8 +85,10 @@ def load_queries(
     """The queries of a chunk of rows, `[rows, H]`, and below them so many new keys of a group."""
     query = inputs.query
     loaded = nl.ndarray((chunk.rows + beside, plan.head_dim), query.dtype, buffer=nl.sbuf)
-    mine, in_loop = loaded[0 : chunk.rows], plan.live != None  # noqa: E711  (keys come after all)
-    load_small(mine, chunk_view(query, chunk), in_loop, plan)
+    mine = loaded[0 : chunk.rows]
+    behind = group.pairs >= BEHIND_KEYS and not turns_keys(inputs, plan)
+    in_loop = plan.live != None  # noqa: E711  (whose keys come after all)
+    load_small(mine, chunk_view(query, chunk), in_loop or behind, plan)
     if beside > 0:
         piece = plan.shares[nl.program_id(0)].tiles[-1].new[0]
         keys = piece_view(inputs.new_key, piece, group).permute((0, 2, 1, 3))
@@ -84,12 +99,20 @@ def load_queries(
     return loaded
 
 
-def transpose(rows: Any) -> Any:
-    """Up to 128 rows, transposed: a tile `[h, rows]` in PSUM for each chunk of 128 of H."""
+def turns_keys(inputs: Inputs, plan: KernelPlan) -> bool:
+    """Whether the Tensor engine turns cached keys: it does so behind the queries."""
+    if plan.layout == "BKHS" or turns_pairs(inputs, plan):
+        return False
+    dtype = inputs.query.dtype
+    return dtype == nl.float32 or inputs.key.dtype != dtype
+
+
+def transpose(rows: Any, parts: list[tuple[int, int, int]]) -> Any:
+    """Up to 128 rows, transposed: a tile `[h, rows]` in PSUM for each of `channel_parts`."""
     tiles = []
-    for start, size in chunks(rows.shape[1]):
+    for start, step, size in parts:
         turned = nl.ndarray((size, rows.shape[0]), rows.dtype, buffer=nl.psum)
-        mine = rows[:, nl.ds(start, size)]
+        mine = rows[:, start : start + step * (size - 1) + 1 : step]
         nisa.nc_transpose(dst=turned, data=mine, engine=nisa.engine.tensor)
         tiles.append(turned)
     return tiles
@@ -120,8 +143,11 @@ def rows_of(bufs: RowBuffers, group: RowGroup) -> RowBuffers:
         queries.append(query[:, rows])
     for output in bufs.output:
         outputs.append(output[:, rows])
+    pairs: Any = None
+    if bufs.query_pairs != None:  # noqa: E711  (the kernel language has no `is`)
+        pairs = bufs.query_pairs[:, :, rows]
     running = (bufs.max[:, rows], bufs.sum[:, rows], outputs, bufs.decay[:, rows])
-    return RowBuffers(queries, running[0], running[1], running[2], running[3], bufs.new_key)
+    return RowBuffers(queries, pairs, running[0], running[1], running[2], running[3], bufs.new_key)
 
 
 def start_rows(bufs: RowBuffers) -> None:

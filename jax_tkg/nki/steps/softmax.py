@@ -20,7 +20,9 @@ def cascaded_max_reduce(logits: Logits, tile: KeyTile, group: RowGroup, plan: Ke
     live = 0
     for piece in tile.cached + tile.new:
         live = max(live, partitions_of(piece, group, plan))
-    by_partition = max_over_columns(logits, group)[0:live]
+    by_partition = nl.ndarray((PARTITIONS, group.rows), nl.float32, buffer=nl.sbuf)
+    reduce_columns(by_partition, nl.maximum, logits.banks)
+    by_partition = by_partition[0:live]
     everywhere = nl.ndarray((PARTITIONS, group.rows), nl.float32, buffer=nl.psum)
     for start in range(0, group.rows, PARTITIONS):
         count = min(PARTITIONS, group.rows - start)
@@ -34,18 +36,18 @@ def cascaded_max_reduce(logits: Logits, tile: KeyTile, group: RowGroup, plan: Ke
     return everywhere
 
 
-def max_over_columns(logits: Logits, group: RowGroup) -> Any:
-    """The largest logit of each row in each partition, `[128, R]`."""
-    banks = len(logits.banks)
-    by_bank = nl.ndarray((PARTITIONS, banks, group.rows), nl.float32, buffer=nl.sbuf)
-    for i in range(banks):
-        by_row = logits.banks[i].permute((0, 2, 1))
-        nisa.tensor_reduce(dst=by_bank[:, i, :], op=nl.maximum, data=by_row, axis=2)
-    if banks == 1:
-        return by_bank[:, 0, :]
-    largest = nl.ndarray((PARTITIONS, group.rows), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=largest, op=nl.maximum, data=by_bank.permute((0, 2, 1)), axis=2)
-    return largest
+def reduce_columns(dst: Any, op: Any, parts: Any) -> None:
+    """Maximum or sum of each row in each partition, `[128, R]`, of `[128, columns, R]` in parts.
+
+    Each part is reduced as soon as it is there, while another engine makes the next.
+    """
+    if len(parts) == 1:
+        nisa.tensor_reduce(dst=dst, op=op, data=parts[0].permute((0, 2, 1)), axis=2)
+        return
+    by_part = nl.ndarray((PARTITIONS, len(parts), dst.shape[1]), nl.float32, buffer=nl.sbuf)
+    for i in range(len(parts)):
+        nisa.tensor_reduce(dst=by_part[:, i, :], op=op, data=parts[i].permute((0, 2, 1)), axis=2)
+    nisa.tensor_reduce(dst=dst, op=op, data=by_part.permute((0, 2, 1)), axis=2)
 
 
 def fa_update_running_max(tile_max: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan) -> Any:
@@ -73,58 +75,67 @@ def fa_update_decay(largest: Any, bufs: RowBuffers, plan: KernelPlan) -> None:
 
 def compute_exp_qk(
     logits: Logits, dtype: Any, largest: Any, tile: KeyTile, group: RowGroup, plan: KernelPlan
-) -> tuple[Any, Any]:
-    """exp(logit - running maximum), `[128, columns, R]`, in the type of the values and in float32.
-
-    Sums are taken of the float32 ones, for an exact LSE; the products wait for the others, which
-    come first.
-    """
-    shape = (PARTITIONS, tile.columns, group.rows)
-    exact = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
-    weights = exact if dtype == nl.float32 else nl.ndarray(shape, dtype, buffer=nl.sbuf)
+) -> Any:
+    """exp(logit - running maximum), `[128, columns, R]`, in the type of the values."""
+    weights = nl.ndarray((PARTITIONS, tile.columns, group.rows), dtype, buffer=nl.sbuf)
     for i in range(len(logits.banks)):
         bank = logits.banks[i]
         top = largest.expand_dim(1).broadcast(1, bank.shape[1])
         nisa.tensor_tensor(dst=bank, data1=bank, data2=top, op=nl.subtract)
         exp_of_bank(weights, i, logits, plan)
-    if dtype != nl.float32:
-        for i in range(len(logits.banks)):
+    return weights
+
+
+def compute_exact_exp(weights: Any, logits: Logits, plan: KernelPlan) -> Any:
+    """The same in float32, of which sums are taken, for an exact LSE: by bank, a list.
+
+    Last of all that the Scalar engine does for a tile: the products wait for the others.
+    """
+    exact, is_exact = weights, weights.dtype == nl.float32
+    if not is_exact:
+        exact = nl.ndarray(weights.shape, nl.float32, buffer=nl.sbuf)
+    parts = []
+    for i in range(len(logits.banks)):
+        if not is_exact:
             exp_of_bank(exact, i, logits, plan)
-    return weights, exact
+        parts.append(columns_of_bank(exact, i, logits))
+    return parts
 
 
 def exp_of_bank(weights: Any, i: int, logits: Logits, plan: KernelPlan) -> None:
     """The weights of bank i of the logits."""
-    bank = logits.banks[i]
-    part = weights[:, nl.ds(i * logits.per_bank, bank.shape[1]), :]
-    nisa.activation(dst=part, op=nl.exp, data=bank, scale=plan.logit_unit)
+    part = columns_of_bank(weights, i, logits)
+    nisa.activation(dst=part, op=nl.exp, data=logits.banks[i], scale=plan.logit_unit)
 
 
-def cascaded_sum_reduction(
-    weights: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan
-) -> None:
-    """Adds the weights of a tile to the running sum of each partition.
+def columns_of_bank(weights: Any, i: int, logits: Logits) -> Any:
+    """What `[128, columns, R]` has for bank i of the logits."""
+    return weights[:, nl.ds(i * logits.per_bank, logits.banks[i].shape[1]), :]
+
+
+def cascaded_sum_reduction(exact: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan) -> None:
+    """Adds the weights of a tile, a list of parts, to the running sum of each partition.
 
     The second step of the cascade, over partitions, is linear and waits for the end.
     """
-    by_row = weights.permute((0, 2, 1))
     if is_first and not plan.every_tile:
-        nisa.tensor_reduce(dst=bufs.sum, op=nl.add, data=by_row, axis=2)
+        reduce_columns(bufs.sum, nl.add, exact)
         return
+    if not is_first:
+        nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=bufs.decay, op=nl.multiply)
     total = nl.ndarray(bufs.sum.shape, nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=total, op=nl.add, data=by_row, axis=2)
+    reduce_columns(total, nl.add, exact)
     fa_update_running_sum(total, bufs, is_first, plan)
 
 
 def fa_update_running_sum(total: Any, bufs: RowBuffers, is_first: bool, plan: KernelPlan) -> None:
-    """Running sum = running sum * decay + the tile's sum."""
+    """Running sum, which has decayed, = running sum + the tile's sum."""
     if plan.every_tile:
         theirs = swap(total)
         nisa.tensor_tensor(dst=total, data1=total, data2=theirs, op=nl.add)
     if is_first:
         nisa.tensor_copy(dst=bufs.sum, src=total)
         return
-    nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=bufs.decay, op=nl.multiply)
     nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=total, op=nl.add)
 
 
@@ -140,6 +151,7 @@ def take_part_in_exchanges(bufs: RowBuffers, plan: KernelPlan) -> None:
     nothing = nl.ndarray(bufs.max.shape, nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=nothing, value=LOWEST_MAX)
     fa_update_decay(fa_update_running_max(nothing, bufs, False, plan), bufs, plan)
+    nisa.tensor_tensor(dst=bufs.sum, data1=bufs.sum, data2=bufs.decay, op=nl.multiply)
     nisa.memset(dst=nothing, value=0.0)
     fa_update_running_sum(nothing, bufs, False, plan)
     fa_rescale_output(bufs)
